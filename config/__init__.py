@@ -1,0 +1,383 @@
+"""Every option of the lab: typed, with its default and the reason for it.
+
+A configuration is a YAML file plus `section.key=value` words from the command line, checked
+against the dataclasses below. The keys and defaults of pico-train and relora-pico are kept, so
+their files load unchanged; keys that are ours say so with "(ours)".
+
+    from config import load_config
+    cfg = load_config("config/demo.yaml", ["training.max_steps=10"])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from config.reading import ConfigError, UserError, apply_override, build  # noqa: F401 (UserError is for importers)
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+@dataclass
+class DatasetConfig:
+    name: str = "pico-lm/pretokenized-dolma"  # a folder made by shards.py, or a dataset on the Hub
+
+
+@dataclass
+class DataLoaderConfig:
+    batch_size: int = 1024  # rows of one update over all ranks: the G of the data order
+
+
+@dataclass
+class TokenizerConfig:
+    name: str = "allenai/OLMo-7B-0724-hf"  # used when the dataset folder holds no tokenizer of its own
+    vocab_size: int = 50304  # kept for the seed's files; model.vocab_size is what is built
+
+
+@dataclass
+class DataConfig:
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    dataloader: DataLoaderConfig = field(default_factory=DataLoaderConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+# ---- model --------------------------------------------------------------------------------------
+
+REFERENCE_FAULTS = ("dead_adapters", "unscaled_merge", "undone_reset", "late_merge", "kept_adam_step")
+
+
+@dataclass
+class OptimizerResetConfig:
+    mode: Literal["zero", "random", "magnitude", "none"] = "random"  # (ours) what a reset does to Adam's moments
+    ratio: float = 0.999  # (ours) the share that random and magnitude prune; zero prunes all
+
+
+@dataclass
+class ReLoRAConfig:
+    target_modules: list[str]  # substrings of the names of the linear layers to adapt
+    reset_frequency: int  # updates between merges
+    r: int = 128  # rank of one cycle's update
+    lora_alpha: float = 32  # the update is scaled by lora_alpha / r
+    lora_dropout: float = 0.1  # on the adapter's input only; 0 opens the faster path
+    keep_original_weights: bool | None = None  # true (the default): W starts at the model's own initialisation
+    lora_only: bool = False  # no W at all, and no merges: plain low-rank training
+    trainable_scaling: bool = False  # scale by tanh of a learnt scalar instead
+    warm_start_steps: int = 0  # (ours) full-rank updates first; Lialin et al. gain 9 perplexity at 130M
+    optimizer_reset: OptimizerResetConfig = field(default_factory=OptimizerResetConfig)
+    reference_faults: list[Literal["dead_adapters", "unscaled_merge", "undone_reset", "late_merge",
+                                   "kept_adam_step"]] = field(default_factory=list)  # (ours) to reproduce published runs
+
+    @property
+    def has_initial_weights(self) -> bool:
+        """True where W starts at the model's own initialisation, false where it is zero or absent."""
+        return not self.lora_only and self.keep_original_weights is not False
+
+
+@dataclass
+class ModelConfig:
+    model_type: Literal["pico_decoder"] = "pico_decoder"  # names what is built
+    d_model: int = 768
+    n_layers: int = 12
+    vocab_size: int = 50304  # 50,280 entries of the OLMo tokenizer, padded to a multiple of 128
+    batch_size: int = 1024  # kept for the seed's files; data.dataloader.batch_size is what is used
+    max_seq_len: int = 2048  # training rows hold one token more: the last label
+    attention_n_heads: int = 12
+    attention_n_kv_heads: int = 4  # grouped queries: a third of the KV cache
+    activation_hidden_dim: int = 3072  # SwiGLU's inner width, 4 d_model in every preset
+    norm_eps: float = 1e-6
+    position_emb_theta: float = 10000.0
+    relora: ReLoRAConfig | None = None  # null: full-rank training
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+@dataclass
+class FabricConfig:
+    """How the seed's launcher was told of devices. Here torchrun says; a mismatch is reported."""
+    num_nodes: int = 1
+    num_devices: int = 1
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"  # autocast over float32 weights; CPUs use 32-true
+    accelerator: Literal["cuda", "cpu", "mps", "auto"] = "cuda"  # used if present, else the next best, and said so
+
+
+@dataclass
+class OptimizationConfig:
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"  # muon: on the blocks' matrices, AdamW on the rest
+    lr: float = 3e-4  # ReLoRA wants about twice the full-rank rate
+    lr_scheduler: Literal["linear_with_warmup", "relora_jagged_cosine", "cosine_with_warmup",
+                          "constant_with_warmup"] = "linear_with_warmup"
+    lr_warmup_steps: int = 2500
+    restart_warmup_steps: int = 0  # updates over which the jagged schedule climbs back after a merge
+    min_lr_ratio: float = 0.0  # floor of the cosines, as a share of lr
+    gradient_accumulation_steps: int = 128  # micro-batch = batch_size / (ranks x this)
+    weight_decay: float = 0.01  # (ours) PyTorch's AdamW default, which the published runs used
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # (ours) Adam's averages
+    momentum: float = 0.95  # (ours) of sgd and muon
+
+
+@dataclass
+class TrainingConfig:
+    max_steps: int = 200000  # the horizon of the schedule
+    stop_at_step: int | None = None  # (ours) end early without bending the schedule
+    seed: int = 42  # (ours) everything random follows from this and the step
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # (ours) auto: DDP where there is more than one rank
+    micro_batch_size: int | None = None  # (ours) rows a forward, in place of gradient_accumulation_steps
+    grad_clip: float | None = None  # (ours) largest gradient norm; the published runs do not clip
+    compile: bool | None = None  # (ours) torch.compile each block; null: on CUDA, where it pays
+    start_from: str | None = None  # (ours) weights of another run's checkpoint: Lialin's other warm start
+    max_nonfinite_steps: int = 20  # (ours) skipped updates in a row after which the run stops
+    fabric: FabricConfig = field(default_factory=FabricConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+
+
+# ---- evaluation, monitoring, checkpointing ----------------------------------------------------------
+
+@dataclass
+class ValConfig:
+    batch_size: int = 16  # (ours) rows a forward
+    max_rows: int | None = 512  # (ours) of the dataset's val split; null: all
+
+
+@dataclass
+class PalomaConfig:
+    dataset_name: str = "pico-lm/pretokenized-paloma-tinsy"  # a Hub dataset or a folder made by shards.py
+    dataset_split: str = "val"
+    max_length: int = 2048  # longer rows are cut
+    batch_size: int = 16
+
+
+@dataclass
+class BlimpConfig:
+    dataset_name: str = "nyu-mll/blimp"  # (ours) a Hub dataset, or a folder or zip of BLiMP's jsonl files
+    metric_uids: list[str] = field(default_factory=lambda: ["*"])  # globs over the 67 paradigms
+    batch_size: int = 16
+    samples_per_set: int | None = None  # null: all 1,000
+    start_token: Literal["eos"] | None = None  # (ours) before every sentence; recorded with the result
+
+
+@dataclass
+class EvaluationConfig:
+    metrics: list[Literal["val", "paloma", "blimp"]] | None = field(default_factory=lambda: ["paloma"])
+    val: ValConfig = field(default_factory=ValConfig)
+    paloma: PalomaConfig = field(default_factory=PalomaConfig)
+    blimp: BlimpConfig = field(default_factory=BlimpConfig)
+
+
+@dataclass
+class LoggingConfig:
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_every_n_steps: int = 100
+
+
+@dataclass
+class WandbConfig:
+    project: str = ""
+    entity: str = ""
+
+
+@dataclass
+class MonitoringConfig:
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    save_to_wandb: bool = False  # mirrors metrics.jsonl; can never stop a run
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class HFCheckpointConfig:
+    repo_id: str = ""
+    collection_slug: str | None = None
+
+
+@dataclass
+class CheckpointTrainingConfig:
+    auto_resume: bool = True
+
+
+@dataclass
+class CheckpointEvaluationConfig:
+    eval_results_dir: str = "eval_results"
+
+
+@dataclass
+class LearningDynamicsConfig:
+    layer_suffixes: list[str] = field(default_factory=lambda: ["attention.v_proj", "attention.o_proj", "swiglu.w_2"])
+    sequence_idx: int = -1  # the position whose activations are kept
+    batch_size: int = 8  # rows a forward of the snapshot; bounds its memory, not its size
+    eval_data: str | None = "pico-lm/pretokenized-paloma-tinsy"  # of the val snapshot: Hub name, folder, or val
+    max_rows: int | None = None  # (ours) rows of a snapshot; null: the whole batch, all of eval_data
+
+
+@dataclass
+class CheckpointingConfig:
+    run_name: str | None = None  # null: the time of the start
+    runs_dir: str = "runs"
+    checkpoints_dir: str = "checkpoints"
+    logs_dir: str = "logs"
+    fabric_checkpoint_dir: str = "training_state"
+    fabric_checkpoint_filename: str = "checkpoint.pt"
+    learning_dynamics_dir: str = "learning_dynamics"
+    save_every_n_steps: int = 1000
+    keep_training_states: int | None = None  # (ours) null: all; older ones are pruned, snapshots never
+    save_to_hf: bool = False
+    hf_checkpoint: HFCheckpointConfig = field(default_factory=HFCheckpointConfig)
+    training: CheckpointTrainingConfig = field(default_factory=CheckpointTrainingConfig)
+    evaluation: CheckpointEvaluationConfig = field(default_factory=CheckpointEvaluationConfig)
+    learning_dynamics: LearningDynamicsConfig | None = field(default_factory=LearningDynamicsConfig)  # null: none
+
+
+@dataclass
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+
+    @property
+    def last_step(self) -> int:
+        """Updates after which the run ends: stop_at_step, or else the schedule's horizon."""
+        stop = self.training.stop_at_step
+        return self.training.max_steps if stop is None else min(stop, self.training.max_steps)
+
+    def micro_batches(self, world: int) -> tuple[int, int]:
+        """(rows a forward, forwards an update) for each of `world` ranks; ConfigError where they do not divide."""
+        rows, accumulation = self.data.dataloader.batch_size, self.training.optimization.gradient_accumulation_steps
+        if self.training.micro_batch_size is None:
+            micro, remainder = divmod(rows, world * accumulation)
+            if remainder or not micro:
+                fit = [a for a in range(1, rows // world + 1) if rows % (world * a) == 0]
+                near = min(fit, key=lambda a: abs(a - accumulation)) if fit else None
+                hint = (f"try training.optimization.gradient_accumulation_steps={near}" if near
+                        else f"use a batch size that {world} divides")
+                raise ConfigError(f"data.dataloader.batch_size: {rows} is not divisible by {world} ranks x "
+                                  f"{accumulation} accumulation steps; {hint}")
+            return micro, accumulation
+        micro = self.training.micro_batch_size
+        if rows % (world * micro):
+            fit = [m for m in range(1, rows // world + 1) if rows % (world * m) == 0]
+            hint = (f"try training.micro_batch_size={min(fit, key=lambda m: abs(m - micro))}" if fit
+                    else f"use a batch size that {world} divides")
+            raise ConfigError(f"training.micro_batch_size: {micro} rows x {world} ranks do not divide "
+                              f"data.dataloader.batch_size {rows}; {hint}")
+        return micro, rows // (world * micro)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The checked configuration of a YAML file with `section.key=value` overrides on top.
+
+    Raises ConfigError, one line with the key, the value and the nearest valid choice.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        presets = sorted(p.name for p in Path(__file__).parent.glob("*.yaml"))
+        near = difflib.get_close_matches(path.name, presets, n=1, cutoff=0.3) or presets[:1]
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
+                          f"did you mean config/{near[0]}?") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not (tree is None or isinstance(tree, dict)):
+        raise ConfigError(f"{path}: expected sections such as `training:`, found a {type(tree).__name__}")
+    return config_from_dict(tree or {}, overrides)
+
+
+def config_from_dict(tree: dict, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The checked configuration of a nested dict, as load_config does for a file."""
+    for word in overrides:
+        tree = apply_override(tree, word)
+    cfg = build(Config, tree)
+    _check(cfg)
+    return cfg
+
+
+def to_dict(cfg: Any) -> dict:
+    """The resolved configuration as nested plain dicts: every section, every default."""
+    return dataclasses.asdict(cfg)
+
+
+# ---- impossible values -----------------------------------------------------------------------------
+
+_POSITIVE = """data.dataloader.batch_size data.tokenizer.vocab_size model.d_model model.n_layers model.vocab_size
+    model.batch_size model.max_seq_len model.attention_n_heads model.attention_n_kv_heads model.activation_hidden_dim
+    model.norm_eps model.position_emb_theta model.relora.reset_frequency model.relora.r model.relora.lora_alpha
+    training.max_steps training.stop_at_step training.micro_batch_size training.grad_clip training.max_nonfinite_steps
+    training.fabric.num_nodes training.fabric.num_devices training.optimization.lr
+    training.optimization.gradient_accumulation_steps evaluation.val.batch_size evaluation.val.max_rows
+    evaluation.paloma.batch_size evaluation.paloma.max_length evaluation.blimp.batch_size
+    evaluation.blimp.samples_per_set monitoring.logging.log_every_n_steps checkpointing.save_every_n_steps
+    checkpointing.keep_training_states checkpointing.learning_dynamics.batch_size
+    checkpointing.learning_dynamics.max_rows""".split()
+_NOT_NEGATIVE = """training.seed training.optimization.lr_warmup_steps training.optimization.restart_warmup_steps
+    training.optimization.weight_decay model.relora.warm_start_steps""".split()
+
+
+def _get(cfg: Any, key: str) -> Any:
+    for part in key.split("."):
+        cfg = getattr(cfg, part, None)
+    return cfg
+
+
+def _check(cfg: Config) -> None:
+    """Raise ConfigError for values that no run could use."""
+    def need(holds: bool, key: str, why: str) -> None:
+        if not holds:
+            raise ConfigError(f"{key}: {_get(cfg, key)!r} {why}")
+
+    for key in _POSITIVE:
+        need(_get(cfg, key) is None or _get(cfg, key) > 0, key, "must be above 0")
+    for key in _NOT_NEGATIVE:
+        need(_get(cfg, key) is None or _get(cfg, key) >= 0, key, "must not be negative")
+    m, o, relora = cfg.model, cfg.training.optimization, cfg.model.relora
+    need(m.d_model % m.attention_n_heads == 0, "model.d_model",
+         f"must be a multiple of attention_n_heads {m.attention_n_heads}")
+    need(m.d_model // m.attention_n_heads % 2 == 0, "model.d_model",
+         f"gives heads of odd size over {m.attention_n_heads} heads; rotary positions need pairs")
+    need(m.attention_n_heads % m.attention_n_kv_heads == 0, "model.attention_n_kv_heads",
+         f"must divide attention_n_heads {m.attention_n_heads}")
+    need(m.vocab_size < 2 ** 31, "model.vocab_size", "is more than shards can hold")
+    need(0 <= o.min_lr_ratio <= 1, "training.optimization.min_lr_ratio", "must lie between 0 and 1")
+    need(len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas), "training.optimization.betas",
+         "must be two numbers from 0 up to, but not including, 1")
+    need(0 <= o.momentum < 1, "training.optimization.momentum", "must lie from 0 up to, but not including, 1")
+    name = cfg.checkpointing.run_name
+    need(name is None or (name not in ("", ".", "..") and not set(name) & set("/\\\0\n")),
+         "checkpointing.run_name", "must be one plain folder name")
+    if o.lr_scheduler == "relora_jagged_cosine":
+        need(relora is not None, "training.optimization.lr_scheduler", "needs a model.relora section: it restarts at merges")
+        need(o.min_lr_ratio > 0, "training.optimization.min_lr_ratio", "must be above 0 for relora_jagged_cosine")
+        need(o.restart_warmup_steps > 0, "training.optimization.restart_warmup_steps",
+             "must be above 0 for relora_jagged_cosine")
+    if relora is not None:
+        need(bool(relora.target_modules), "model.relora.target_modules", "names no layers; try [attention, swiglu]")
+        need(0 <= relora.lora_dropout < 1, "model.relora.lora_dropout", "must lie from 0 up to, but not including, 1")
+        need(0 <= relora.optimizer_reset.ratio <= 1, "model.relora.optimizer_reset.ratio", "must lie between 0 and 1")
+        need(not (relora.lora_only and relora.keep_original_weights), "model.relora.lora_only",
+             "contradicts keep_original_weights: true; drop one of them")
+        warm = relora.warm_start_steps > 0 or cfg.training.start_from is not None
+        need(relora.has_initial_weights or not warm, "model.relora.keep_original_weights",
+             "throws away the weights that a warm start provides; drop one of them")
+
+
+def warnings(cfg: Config, world: int, device: str) -> list[str]:
+    """What is allowed but rarely meant, one sentence each, on `world` ranks of `device` (cuda, cpu, mps)."""
+    o, relora, fabric, found = cfg.training.optimization, cfg.model.relora, cfg.training.fabric, []
+    if fabric.num_nodes * fabric.num_devices not in (1, world):
+        found.append(f"training.fabric: {fabric.num_nodes} x {fabric.num_devices} devices are configured, but torchrun "
+                     f"started {world}; these are used")
+    if fabric.accelerator not in ("auto", device):
+        found.append(f"training.fabric.accelerator: no {fabric.accelerator} here; training on {device}")
+    if o.lr_warmup_steps >= cfg.training.max_steps:
+        found.append(f"lr_warmup_steps {o.lr_warmup_steps} >= max_steps {cfg.training.max_steps}: all of it is warm-up")
+    if o.lr_scheduler == "relora_jagged_cosine" and o.restart_warmup_steps >= relora.reset_frequency:
+        found.append(f"restart_warmup_steps {o.restart_warmup_steps} >= reset_frequency {relora.reset_frequency}: "
+                     "a cycle ends before it reaches its learning rate")
+    if relora is not None and relora.reference_faults:
+        found.append(f"known faults of the reference are switched on: {', '.join(relora.reference_faults)}")
+    return found

@@ -1,0 +1,248 @@
+"""Token shards as memory maps, and batches as a pure function of the step.
+
+A dataset folder holds one folder a split (`train`, `val`), each with `index.json` and `shard-00000.npy` …:
+uint16 arrays (uint32 above 65,535 ids) of shape (rows, row_length). shards.py makes them. Batch s is rows
+[s G, (s+1) G) for global batch size G, whatever the number of ranks; past the last row a new epoch begins.
+
+    train = TokenDataset("data/stdlib", "train")
+    rows = train.batch(step=10, batch_size=16)     # (16, row_length), any step in O(1)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import UserError
+
+INDEX = "index.json"
+
+
+class DataError(UserError):
+    """A shard, index or tokenizer that cannot be used; names the file, the row and the reason."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The checked index of one split's folder.
+
+    Keys: row_length, dtype, vocab_size, source, revision, shards: [{file, rows, sha256}], and what the maker of
+    the dataset wished to add, such as entropies.
+    """
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: not there; make the dataset with shards.py (see python shards.py --help)") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    try:
+        sound = (index["row_length"] >= 2 and index["dtype"] in ("uint16", "uint32") and index["vocab_size"] >= 1
+                 and all(shard["rows"] >= 1 and shard["file"] == Path(shard["file"]).name and shard["sha256"]
+                         for shard in index["shards"]))
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: not an index of token shards ({type(error).__name__}: {error})") from None
+    if not sound or not index["shards"]:
+        raise DataError(f"{path}: needs row_length of 2 or more, a uint dtype, and shards with rows in this folder")
+    return index
+
+
+class TokenDataset:
+    """Rows of one split of a dataset folder, in order, without end. Raises DataError."""
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        self.folder = Path(folder) / split
+        self.index = read_index(self.folder)
+        self.row_length: int = self.index["row_length"]
+        self.vocab_size: int = self.index["vocab_size"]
+        self.starts = np.cumsum([0] + [shard["rows"] for shard in self.index["shards"]])  # first row of each shard
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the very tokens and their order: a resumed run must find the same."""
+        parts = [self.row_length, *((s["rows"], s["sha256"]) for s in self.index["shards"])]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def shard(self, number: int) -> np.ndarray:
+        """The memory map of a shard, (rows, row_length), opened on first use."""
+        if number not in self._maps:
+            entry = self.index["shards"][number]
+            path = self.folder / entry["file"]
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise DataError(f"{path}: cannot be opened ({error}); make or fetch it again") from None
+            want = ((entry["rows"], self.row_length), self.index["dtype"])
+            if (array.shape, array.dtype.name) != want:
+                raise DataError(f"{path}: holds {array.shape} {array.dtype}, but {INDEX} says {want[0]} {want[1]}")
+            self._maps[number] = array
+        return self._maps[number]
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Rows first … first + count - 1 as (count, row_length); numbers past the end wrap into the next epoch.
+
+        Raises DataError, naming file and row, where an id is not below vocab_size.
+        """
+        pieces = []
+        while count > 0:
+            within = first % len(self)
+            number = int(np.searchsorted(self.starts, within, side="right")) - 1
+            offset = within - int(self.starts[number])
+            piece = self.shard(number)[offset:offset + count]
+            if piece.max() >= self.vocab_size:
+                bad = int(np.argmax((piece >= self.vocab_size).any(axis=1)))
+                raise DataError(f"{self.folder / self.index['shards'][number]['file']}: row {offset + bad} holds id "
+                                f"{piece[bad].max()}, outside the vocabulary of {self.vocab_size}")
+            pieces.append(piece)
+            first, count = first + len(piece), count - len(piece)
+        return np.concatenate(pieces)
+
+    def batch(self, step: int, batch_size: int) -> np.ndarray:
+        """The global batch of update `step`, counted from 0: (batch_size, row_length)."""
+        return self.rows(step * batch_size, batch_size)
+
+    def epoch(self, step: int, batch_size: int) -> int:
+        """How often the rows have been gone through before batch `step`."""
+        return step * batch_size // len(self)
+
+
+def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Token rows as an int64 tensor; they travel narrow and are widened on the device."""
+    tensor = torch.from_numpy(rows)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True).to(torch.int64)
+
+
+class BatchLoader:
+    """Prefetches this rank's micro-batches in a thread; a context manager that stops the thread.
+
+    next(loader) is a list of `accumulation` pairs (index of the micro-batch in the global batch, rows int64
+    (micro, row_length)) for one update after another. Micro-batch a of rank r has index a * world + r, so
+    the same micro-batch size gives the same micro-batches on any number of ranks. `wait` adds up the seconds that
+    the consumer stood still.
+    """
+
+    def __init__(self, dataset: TokenDataset, first_step: int, micro: int, accumulation: int,
+                 rank: int, world: int, device: torch.device, ahead: int = 3):
+        self.dataset, self.micro, self.accumulation = dataset, micro, accumulation
+        self.rank, self.world, self.device = rank, world, device
+        self.wait = 0.0
+        self._queue: queue.Queue = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(first_step,), daemon=True)
+        self._thread.start()
+
+    def _fill(self, step: int) -> None:
+        while not self._stop.is_set():
+            try:
+                item: Any = self._read(step)
+            except Exception as error:  # reaches the training loop through the queue
+                item = error
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    pass
+            if isinstance(item, Exception):
+                return
+            step += 1
+
+    def _read(self, step: int) -> list[tuple[int, np.ndarray]]:
+        first = step * self.micro * self.accumulation * self.world
+        indices = [a * self.world + self.rank for a in range(self.accumulation)]
+        return [(i, self.dataset.rows(first + i * self.micro, self.micro)) for i in indices]
+
+    def __iter__(self) -> Iterator[list[tuple[int, Tensor]]]:
+        return self
+
+    def __next__(self) -> list[tuple[int, Tensor]]:
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.wait += time.perf_counter() - start
+        if isinstance(item, Exception):
+            raise item
+        return [(index, to_device(rows, self.device)) for index, rows in item]
+
+    def take_wait(self) -> float:
+        """The seconds waited since the last call."""
+        wait, self.wait = self.wait, 0.0
+        return wait
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+
+# ---- tokenizers --------------------------------------------------------------------------------------------
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0-255, and 256 for the end of a text: the tokenizer of a folder without one."""
+    vocab_size, eos, pad = 257, 256, 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class JsonTokenizer:
+    """A Hugging Face tokenizer.json; eos and pad are asked of its special tokens (None where it has none)."""
+
+    def __init__(self, path: Path):
+        import tokenizers
+        try:
+            self.inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+        self.vocab_size: int = self.inner.get_vocab_size()
+        self.eos = self._first("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+        self.pad = self._first("<|padding|>", "<pad>", "<|pad|>", "[PAD]")
+
+    def _first(self, *contents: str) -> int | None:
+        return next((i for i in map(self.inner.token_to_id, contents) if i is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids)
+
+
+Tokenizer = ByteTokenizer | JsonTokenizer
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a dataset or checkpoint folder: its tokenizer.json, or bytes."""
+    path = Path(folder) / "tokenizer.json"
+    return JsonTokenizer(path) if path.exists() else ByteTokenizer()

@@ -1,0 +1,136 @@
+"""Ranks, devices and collectives; every function also works in one process without a process group.
+
+torchrun tells each process its place through the environment (RANK, WORLD_SIZE, LOCAL_RANK); a plain
+`python train.py` has none of these and is rank 0 of 1. Nothing else in the project asks torch.distributed
+who it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from config import UserError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def print0(*words: Any, **options: Any) -> None:
+    if rank() == 0:
+        print(*words, flush=True, **options)
+
+
+def pick_device(wanted: str = "auto") -> torch.device:
+    """The device of this rank: `wanted` (cuda, mps, cpu) if it is there, otherwise the best that is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size() == 1,
+             "cpu": True}
+    kind = wanted if there.get(wanted) else next(k for k, is_there in there.items() if is_there)
+    return torch.device(kind, local_rank()) if kind == "cuda" else torch.device(kind)
+
+
+@contextlib.contextmanager
+def session(wanted_device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch.device]:
+    """Join the process group, if torchrun started us, and leave it at the end; yields this rank's device."""
+    device = pick_device(wanted_device)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which idles the cores of a laptop
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    if "RANK" in os.environ:
+        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                      timeout=datetime.timedelta(minutes=timeout_minutes))
+    try:
+        yield device
+    finally:
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+
+
+def _group() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized() and torch_dist.get_world_size() > 1
+
+
+def barrier() -> None:
+    if _group():
+        torch_dist.barrier()
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Add up `tensor` over the ranks, in place, and return it."""
+    if _group():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def from_rank0(value: Any) -> Any:
+    """Rank 0's `value` (a picklable object) on every rank."""
+    box = [value]
+    if _group():
+        torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value` (a picklable object), in rank order, on every rank."""
+    if not _group():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+# ---- tensors that FSDP2 may have sharded -------------------------------------------------------------------
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, gathered if it is sharded. Every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def replicated(tensor: Tensor) -> Tensor:
+    """`tensor` with all of its rows on every rank, still fit for arithmetic with sharded tensors."""
+    return tensor.redistribute(placements=[Replicate()]) if isinstance(tensor, DTensor) else tensor
+
+
+def like(whole: Tensor, target: Tensor) -> Tensor:
+    """`whole`, the same on every rank, placed and sharded as `target` is."""
+    whole = whole.to(target.device)
+    return distribute_tensor(whole, target.device_mesh, target.placements) if isinstance(target, DTensor) else whole
+
+
+@torch.no_grad()
+def assign_(target: Tensor, whole: Tensor) -> None:
+    """Copy `whole`, the same on every rank, into `target` in place: optimizers and wrappers hold on to it."""
+    target.copy_(like(whole, target))
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+def command(main: Callable[[], int | None]) -> None:
+    """Run a command's `main`: what the user can mend is one line from rank 0 and exit code 2."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print0(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

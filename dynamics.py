@@ -1,0 +1,123 @@
+"""Learning-dynamics snapshots: what chosen layers compute, weigh and are told by the gradient on a fixed batch.
+
+For every layer whose name ends in one of `layer_suffixes`: its output at one position of each example, its effective
+weight W + s B A, and the gradient of the mean loss with respect to that effective weight. The gradient is the outer
+product of the layer's input and the gradient of its output, dL/dW = dY' X, so it is full rank and exists whether or
+not W is frozen, without a second model. ReLoRA layers add their factors (with gradients) and their frozen base.
+
+Everything is float32, measured in eval mode (no dropout, no autocast), and leaves the model, its gradients and the
+random state as they were. The keys and shapes are those that pico-analyze reads:
+
+    {"activations": {"layers.0.attention.v_proj": (examples, out)}, "weights": {…: (out, in)}, "gradients": {…}, …}
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import dist
+from config import LearningDynamicsConfig
+from data import to_device
+from relora import ReLoRALinear
+
+
+def chosen_layers(model: nn.Module, suffixes: list[str]) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, ReLoRALinear)) and any(name.endswith(s) for s in suffixes)}
+
+
+@contextlib.contextmanager
+def taps(layers: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """While it lasts, {layer name: (input, output)} of the latest forward."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = (inputs[0], output)
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _examples(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, float]]:
+    """This rank's sub-batches, contiguous over the ranks, each with its share of the mean loss.
+
+    Every rank gets equally many, since under FSDP2 all must run forward together: surplus ones weigh 0.
+    """
+    pieces = [rows[i:i + size] for i in range(0, len(rows), size)]
+    each = -(-len(pieces) // dist.world_size())
+    for number in range(dist.rank() * each, (dist.rank() + 1) * each):
+        piece = pieces[number] if number < len(pieces) else pieces[0]
+        yield piece, (len(piece) / len(rows) if number < len(pieces) else 0.0)
+
+
+def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig, device: torch.device,
+             reshard: bool = False) -> dict[str, dict[str, Tensor]]:
+    """Snapshot of an unwrapped (or FSDP2-sharded) model on token rows (examples, tokens), in their order.
+
+    Returns, on rank 0's CPU, {"activations", "weights", "gradients", "data"}; examples are spread over the ranks,
+    activations gathered in order and gradients summed. Every rank must call it.
+    """
+    rows = rows[:cfg.max_rows]
+    layers = chosen_layers(model, cfg.layer_suffixes)
+    activations: dict[str, list[Tensor]] = {name: [] for name in layers}
+    gradients = {name: torch.zeros(m.out_features, m.in_features, device=device) for name, m in layers.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        with taps(layers) as seen, torch.autocast(device.type, enabled=False):
+            for piece, share in _examples(rows, cfg.batch_size):
+                ids = to_device(piece, device)
+                loss = model(ids[:, :-1], ids[:, 1:])
+                outputs = torch.autograd.grad(loss, [seen[name][1] for name in layers])
+                for (name, (x, y)), dy in zip(((n, seen[n]) for n in layers), outputs):
+                    gradients[name].addmm_(dy.flatten(0, 1).float().T, x.detach().flatten(0, 1).float(), alpha=share)
+                    if share:
+                        activations[name].append(y.detach()[:, cfg.sequence_idx].float().cpu())
+                seen.clear()
+    finally:
+        model.train(was_training)
+        if reshard:
+            model.reshard()
+    result = {"activations": _gathered(activations), "weights": {}, "gradients": {},
+              "data": {"input_ids": torch.from_numpy(rows.astype(np.int64))}}
+    for name, layer in layers.items():
+        _add_weights(result, name, layer, dist.sum_(gradients[name]).cpu())
+    return result
+
+
+def _gathered(activations: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    parts = dist.gather({name: torch.cat(pieces) for name, pieces in activations.items() if pieces})
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in activations}
+
+
+def _add_weights(result: dict[str, dict[str, Tensor]], name: str, layer: nn.Module, gradient: Tensor) -> None:
+    """Effective weight and gradient under the layer's name; for ReLoRA layers the factors and the base beside them.
+
+    With W_eff = W + s B A the chain rule gives dL/dB = s dL/dW_eff A' and dL/dA = s B' dL/dW_eff.
+    """
+    def host(tensor: Tensor) -> Tensor:
+        return dist.full(tensor.detach()).float().cpu().clone()
+
+    weights, gradients = result["weights"], result["gradients"]
+    gradients[name] = gradient
+    if not isinstance(layer, ReLoRALinear):
+        weights[name] = host(layer.weight)
+        return
+    A, B, update = host(layer.lora_A), host(layer.lora_B), host(layer.update())
+    scale = layer.scale if isinstance(layer.scale, float) else host(layer.scale)
+    weights[name] = update if layer.weight is None else host(layer.weight) + update
+    weights |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+    if layer.weight is not None:
+        weights[f"{name}.base"] = host(layer.weight)
+    gradients |= {f"{name}.lora_A": scale * (B.T @ gradient), f"{name}.lora_B": scale * (gradient @ A.T)}

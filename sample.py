@@ -1,0 +1,71 @@
+"""Generate text with a trained model: a run (its newest step), a checkpoint's step folder, or any Llama folder of ours.
+
+    python sample.py runs/demo --prompt "def " --tokens 200
+    python sample.py runs/demo --prompt "import " --prompt "class " --temperature 0
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import dist
+from config import UserError
+from data import load_tokenizer
+from export import load_decoder, resolve
+
+
+def stream_text(model, tokenizer, prompt: str, new_tokens: int, temperature: float, top_k: int | None, seed: int,
+                device: torch.device):
+    """Yield the prompt's continuation piece by piece, whole characters only, until the end-of-text id."""
+    ids = tokenizer.encode(prompt) or ([tokenizer.eos] if tokenizer.eos is not None else [0])
+    new_tokens = min(new_tokens, model.cfg.max_seq_len - len(ids))
+    if new_tokens <= 0:
+        raise UserError(f"--prompt: has {len(ids)} tokens, and the model reads {model.cfg.max_seq_len} with its "
+                        f"continuation; shorten it")
+    start = torch.tensor([ids], device=device)
+    new, shown = [], ""
+    for token in model.stream(start, new_tokens, temperature, top_k, seed, tokenizer.vocab_size):
+        if token.item() == tokenizer.eos:
+            break
+        new.append(token.item())
+        text = tokenizer.decode(new)
+        whole = text.rstrip("\ufffd")  # the last character may still miss bytes
+        yield whole[len(shown):]
+        shown = whole if whole.startswith(shown) else shown
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a run, a step folder, or a Llama folder")
+    parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    parser.add_argument("--tokens", type=int, default=200, help="new tokens at most (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest only (default: 50)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt (default: 1)")
+    args = parser.parse_args()
+    for name, value, least in (("tokens", args.tokens, 1), ("top-k", args.top_k, 1), ("samples", args.samples, 1),
+                               ("temperature", args.temperature, 0), ("seed", args.seed, 0)):
+        if not value >= least:
+            raise UserError(f"--{name}: {value} must be at least {least}")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    folder = resolve(args.model)
+    device = dist.pick_device()
+    model, tokenizer = load_decoder(folder).to(device), load_tokenizer(folder)
+    for prompt in args.prompt or [""]:
+        for number in range(args.samples):
+            print(f"--- {folder}, temperature {args.temperature}, seed {args.seed + number}\n{prompt}", end="", flush=True)
+            for piece in stream_text(model, tokenizer, prompt, args.tokens, args.temperature, args.top_k,
+                                     args.seed + number, device):
+                print(piece, end="", flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    dist.command(main)

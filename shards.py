@@ -1,0 +1,289 @@
+"""Make, check and show datasets of token shards (data.py says what they look like).
+
+    python shards.py stdlib --out data/stdlib                      # Python's own library, as bytes; no network
+    python shards.py text book.txt more.jsonl --out data/books --tokenizer tokenizer.json
+    python shards.py parquet data/train-*.parquet --out data/dolma --tokenizer tokenizer.json
+    python shards.py verify data/dolma
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import dist
+from data import (INDEX, ByteTokenizer, DataError, TokenDataset, Tokenizer, load_tokenizer, read_index, sha256,
+                  token_dtype)
+
+SHARD_ROWS = 20_480  # rows of a shard, as in the pretokenized Dolma
+SHUFFLE_SEED = 0  # of the rows of a made dataset; the training order is then the order on disk
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+
+def write_shards(folder: Path, rows: np.ndarray, vocab_size: int, source: str, **extra: Any) -> None:
+    """Write rows (N, row_length) as one split's folder of shards with its index."""
+    folder.mkdir(parents=True)
+    shards = []
+    for start in range(0, len(rows), SHARD_ROWS):
+        path = folder / f"shard-{len(shards):05d}.npy"
+        np.save(path, rows[start:start + SHARD_ROWS].astype(token_dtype(vocab_size)))
+        shards.append(shard_entry(path, len(rows[start:start + SHARD_ROWS])))
+    write_index(folder, shards, rows.shape[1], vocab_size, source, **extra)
+
+
+def shard_entry(path: Path, rows: int) -> dict[str, Any]:
+    return {"file": path.name, "rows": rows, "sha256": sha256(path)}
+
+
+def write_index(folder: Path, shards: list[dict], row_length: int, vocab_size: int, source: str,
+                revision: str | None = None, **extra: Any) -> None:
+    index = {"row_length": row_length, "dtype": token_dtype(vocab_size).name, "vocab_size": vocab_size,
+             "source": source, "revision": revision, **extra, "shards": shards}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def pack(documents: Iterable[list[int]], row_length: int, eos: int | None, vocab_size: int) -> np.ndarray:
+    """Documents end to end, each closed by `eos`, cut into rows (N, row_length); the last, short one is dropped."""
+    ending = [] if eos is None else [eos]
+    stream = np.concatenate([np.array([], dtype=token_dtype(vocab_size)),
+                             *(np.array(ids + ending, dtype=token_dtype(vocab_size)) for ids in documents)])
+    count = len(stream) // row_length
+    return stream[:count * row_length].reshape(count, row_length)
+
+
+def shuffled(rows: np.ndarray) -> np.ndarray:
+    return rows[np.random.default_rng(SHUFFLE_SEED).permutation(len(rows))]
+
+
+def entropies(rows: np.ndarray, vocab_size: int) -> dict[str, float]:
+    """Nats a token that a perfect unigram and a perfect bigram model of these rows would need."""
+    pairs = np.zeros(vocab_size * vocab_size, dtype=np.int64)
+    flat = rows[:, :-1].astype(np.int64) * vocab_size + rows[:, 1:]
+    pairs += np.bincount(flat.ravel(), minlength=len(pairs))
+    joint = _entropy(pairs)
+    first = _entropy(pairs.reshape(vocab_size, vocab_size).sum(1))
+    return {"unigram": _entropy(np.bincount(rows.ravel(), minlength=vocab_size)), "bigram": joint - first}
+
+
+def _entropy(counts: np.ndarray) -> float:
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+# ---- sources -------------------------------------------------------------------------------------------------
+
+def make_stdlib(out: Path, row_length: int) -> None:
+    """The running interpreter's standard library as bytes; a stable hash of each path decides its split."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts: dict[str, list[list[int]]] = {"train": [], "val": []}
+    for path in tqdm(sorted(root.rglob("*.py")), desc="reading the standard library", unit=" files"):
+        name = path.relative_to(root).as_posix()
+        if "site-packages" in name or "dist-packages" in name:
+            continue
+        content = path.read_bytes()
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        held_out = hashlib.sha256(name.encode()).digest()[0] < 16  # one file in 16
+        texts["val" if held_out else "train"].append(list(content))
+    for split, documents in texts.items():
+        rows = pack(documents, row_length, ByteTokenizer.eos, ByteTokenizer.vocab_size)
+        write_shards(out / split, shuffled(rows), ByteTokenizer.vocab_size, "Python's standard library",
+                     entropy=entropies(rows, ByteTokenizer.vocab_size))
+
+
+def read_documents(files: list[Path]) -> Iterator[str]:
+    """A text file is a document; in a .jsonl file each line's "text" is one."""
+    for path in files:
+        try:
+            if path.suffix == ".jsonl":
+                with open(path, encoding="utf-8") as lines:
+                    for number, line in enumerate(lines, 1):
+                        if line.strip():
+                            yield _text_of(json.loads(line), path, number)
+            else:
+                yield path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def _text_of(record: Any, path: Path, number: int) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise DataError(f'{path}: line {number} is not an object with a "text"')
+    return record["text"]
+
+
+def make_text(out: Path, files: list[Path], tokenizer: Tokenizer, vocab_size: int, row_length: int,
+              val_share: float) -> None:
+    """Tokenized documents; the last val_share of the rows, before they are shuffled, become `val`."""
+    documents = (tokenizer.encode(text) for text in tqdm(read_documents(files), desc="tokenizing", unit=" documents"))
+    rows = pack(documents, row_length, tokenizer.eos, vocab_size)
+    held_out = max(1, round(len(rows) * val_share)) if val_share else 0
+    if len(rows) <= held_out:
+        raise DataError(f"{', '.join(map(str, files))}: {len(rows)} rows of {row_length} tokens are too few to train "
+                        f"and hold out; give more text or a smaller --row-length")
+    source = ", ".join(path.name for path in files)
+    small = vocab_size <= 1024
+    for split, part in (("train", rows[:len(rows) - held_out]), ("val", rows[len(rows) - held_out:])):
+        if len(part):
+            extra = {"entropy": entropies(part, vocab_size)} if small else {}
+            write_shards(out / split, shuffled(part), vocab_size, source, **extra)
+
+
+def convert_parquet(path: Path, target: Path, vocab_size: int) -> tuple[int, int]:
+    """Write the `input_ids` of a parquet file as one shard; returns (rows, row_length).
+
+    Takes int32 and int64 lists, large and fixed-size lists, any number of row groups, and holds one batch of rows
+    at a time. Raises DataError naming file, row and reason.
+    """
+    import pyarrow as arrow
+    import pyarrow.compute as compute
+    import pyarrow.parquet as parquet
+    try:
+        with parquet.ParquetFile(path) as file:
+            total = file.metadata.num_rows
+            if "input_ids" not in file.schema_arrow.names or total == 0:
+                raise DataError(f"{path}: has no rows with a column input_ids")
+            out, done, row_length = None, 0, 0
+            for batch in file.iter_batches(batch_size=1024, columns=["input_ids"]):
+                column = batch.column(0)
+                lengths = compute.fill_null(compute.list_value_length(column), 0).to_numpy()
+                if out is None:
+                    row_length = int(lengths[0])
+                    out = np.lib.format.open_memmap(target, "w+", token_dtype(vocab_size), (total, row_length))
+                if (wrong := lengths != row_length).any():
+                    bad = int(np.argmax(wrong))
+                    raise DataError(f"{path}: row {done + bad} has {lengths[bad]} ids, the first has {row_length}")
+                ids = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), row_length)
+                if ids.min() < 0 or ids.max() >= vocab_size:
+                    bad = int(np.argmax(((ids < 0) | (ids >= vocab_size)).any(axis=1)))
+                    raise DataError(f"{path}: row {done + bad} holds ids from {ids[bad].min()} to {ids[bad].max()}, "
+                                    f"outside the vocabulary of {vocab_size}")
+                out[done:done + len(ids)] = ids
+                done += len(ids)
+            out.flush()
+    except (OSError, arrow.ArrowException, TypeError) as error:
+        raise DataError(f"{path}: not a parquet file of token rows ({error})") from None
+    return total, row_length
+
+
+def make_parquet(out: Path, files: list[Path], vocab_size: int) -> None:
+    """A shard from each file; files named val-… go to the split val, all others to train."""
+    shards: dict[str, list[dict]] = {}
+    row_lengths: dict[str, int] = {}
+    for path in tqdm(files, desc="converting", unit=" files"):
+        split = "val" if path.name.startswith("val") else "train"
+        (out / split).mkdir(parents=True, exist_ok=True)
+        target = out / split / f"shard-{len(shards.setdefault(split, [])):05d}.npy"
+        rows, row_length = convert_parquet(path, target, vocab_size)
+        if row_lengths.setdefault(split, row_length) != row_length:
+            raise DataError(f"{path}: has rows of {row_length} ids, the files before it of {row_lengths[split]}")
+        shards[split].append(shard_entry(target, rows))
+    for split, entries in shards.items():
+        write_index(out / split, entries, row_lengths[split], vocab_size, ", ".join(sorted({f.parent.name for f in files})))
+
+
+def verify(folder: Path) -> int:
+    """Check every shard below `folder` against its index, checksums and ids included; returns the rows read."""
+    splits = [path.parent for path in sorted(folder.glob(f"**/{INDEX}"))]
+    if not splits:
+        raise DataError(f"{folder}: no {INDEX} below it; give the folder of a dataset")
+    total = 0
+    for split in splits:
+        dataset = TokenDataset(split.parent, split.name)
+        for number, entry in enumerate(tqdm(dataset.index["shards"], desc=f"verifying {split}", unit=" shards")):
+            path = split / entry["file"]
+            dataset.shard(number)
+            if sha256(path) != entry["sha256"]:
+                raise DataError(f"{path}: differs from the checksum in {INDEX}; make or fetch it again")
+            dataset.rows(int(dataset.starts[number]), entry["rows"])
+        total += len(dataset)
+    return total
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    stdlib = commands.add_parser("stdlib", help="the interpreter's standard library, as bytes")
+    text = commands.add_parser("text", help="text and jsonl files")
+    parquet = commands.add_parser("parquet", help="files in the layout of pretokenized-dolma")
+    for made in (stdlib, text, parquet):
+        made.add_argument("--out", type=Path, required=True, help="the dataset's folder, such as data/NAME")
+    for reader in (text, parquet):
+        reader.add_argument("files", type=Path, nargs="+")
+        reader.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use and keep; none: bytes")
+        reader.add_argument("--vocab-size", type=int, help="the model's (default: 50304 for parquet, else the tokenizer's)")
+    for packed, length in ((stdlib, 129), (text, 2049)):
+        packed.add_argument("--row-length", type=int, default=length,
+                            help=f"max_seq_len + 1 of the model to train (default: {length})")
+    text.add_argument("--val-share", type=float, default=0.05, help="share of the rows held out (default: 0.05)")
+    commands.add_parser("verify", help="check every shard of a dataset").add_argument("folder", type=Path)
+    return parser.parse_args()
+
+
+def make(args: argparse.Namespace) -> None:
+    """Make the dataset beside its final name, then rename it."""
+    if args.out.exists():
+        raise DataError(f"{args.out}: is already there; choose another --out, or delete it first")
+    if getattr(args, "row_length", 2) < 2:
+        raise DataError(f"--row-length: {args.row_length} is too short; a row holds at least one input and its label")
+    staged = args.out.with_name(f".staging-{args.out.name}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        if getattr(args, "tokenizer", None) is not None:
+            if not args.tokenizer.is_file():
+                raise DataError(f"{args.tokenizer}: no such tokenizer.json")
+            shutil.copy(args.tokenizer, staged / "tokenizer.json")
+        tokenizer = load_tokenizer(staged)
+        if args.command == "stdlib":
+            make_stdlib(staged, args.row_length)
+        elif args.command == "text":
+            make_text(staged, args.files, tokenizer, args.vocab_size or tokenizer.vocab_size, args.row_length,
+                      args.val_share)
+        else:
+            make_parquet(staged, args.files, args.vocab_size or 50304)
+        os.rename(staged, args.out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def describe(folder: Path) -> None:
+    for path in sorted(folder.glob(f"*/{INDEX}")):
+        index = read_index(path.parent)
+        rows = sum(shard["rows"] for shard in index["shards"])
+        print(f"{path.parent}: {rows:,} rows of {index['row_length']} tokens in {len(index['shards'])} shard(s), "
+              f"{rows * index['row_length']:,} tokens, vocabulary {index['vocab_size']:,}")
+        if "entropy" in index:
+            print(f"{'':{len(str(path.parent))}}  entropy in nats a token: unigram {index['entropy']['unigram']:.2f}, "
+                  f"bigram {index['entropy']['bigram']:.2f}")
+
+
+def main() -> None:
+    args = parse()
+    if args.command == "verify":
+        print(f"{args.folder}: {verify(args.folder):,} rows are as the index says")
+        return
+    if args.command == "stdlib" and args.out.exists():
+        print(f"{args.out} is already there")
+    else:
+        make(args)
+    describe(args.out)
+
+
+if __name__ == "__main__":
+    dist.command(main)

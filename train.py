@@ -1,0 +1,378 @@
+"""Train a Pico decoder, full-rank or with ReLoRA.
+
+    torchrun --standalone --nproc_per_node=2 train.py config/demo.yaml [section.key=value ...]
+    python train.py config/demo.yaml training.max_steps=100            # one process
+
+Read `train` first: evaluate, snapshot and save when due; merge when due; set the learning rate; accumulate; step;
+log. "Step N" is the state after N global batches and before batch N + 1. Killed at any moment, the same command
+goes on from the newest checkpoint and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import config
+import dist
+import dynamics
+import evaluate
+import export
+from config import Config, ConfigError, UserError, load_config
+from data import BatchLoader, TokenDataset
+from model import PicoDecoder
+from relora import (apply_relora, derive_seed, learning_rate_multiplier, merge_and_reinit, merge_due, relora_layers,
+                    reset_optimizer)
+from run import Progress, RunFolder, run_folder
+
+PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # dense bf16, by a part of the GPU's name
+MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
+PROBE_TOKENS = 128  # of the row on which a merge is checked
+
+
+class TrainingError(UserError):
+    """A run that must not go on."""
+    exit_code = 1
+
+
+@dataclass
+class Trainer:
+    """All that a run needs. `model` is the bare decoder; `wrapped` is what trains, under DDP or FSDP2."""
+    cfg: Config
+    device: torch.device
+    precision: str
+    folder: RunFolder
+    dataset: TokenDataset
+    evaluation: evaluate.Evaluation
+    saver: checkpoint.Saver
+    progress: Progress
+    step: int = 0
+    model: PicoDecoder | None = None
+    wrapped: nn.Module | None = None
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------
+
+def train(cfg: Config, device: torch.device) -> None:
+    t = setup(cfg, device)
+    with t.folder.reporting(lambda: t.step):
+        loop(t)
+
+
+def loop(t: Trainer) -> None:
+    cfg, device = t.cfg, t.device
+    saved = t.step if t.step else None
+    micro, accumulation = cfg.micro_batches(dist.world_size())
+    with BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches:
+        t.folder.start_bar(t.step, cfg.last_step)
+        t.progress.start_window(t.step)
+        while True:
+            if t.step != saved and (t.step % cfg.checkpointing.save_every_n_steps == 0 or t.step == cfg.last_step):
+                with t.progress.paused():
+                    save(t)
+                saved = t.step
+            if t.step >= cfg.last_step:
+                break
+            if cfg.model.relora and not relora_layers(t.model) and t.step >= cfg.model.relora.warm_start_steps:
+                begin_relora(t)
+            if merge_due(t.step, cfg):
+                with t.progress.paused():
+                    merge(t)
+            set_learning_rate(t)
+            train_step(t, next(batches))
+            if t.step % cfg.monitoring.logging.log_every_n_steps == 0 or t.step == cfg.last_step:
+                log(t, batches)
+            t.folder.advance()
+    t.saver.wait()
+
+
+def train_step(t: Trainer, batch: list[tuple[int, Tensor]]) -> None:
+    """One update on this rank's micro-batches; skipped by all ranks together if any loss or gradient is not finite."""
+    loss = torch.zeros((), device=t.device)
+    for number, (index, rows) in enumerate(batch):  # rows (micro, T + 1)
+        torch.manual_seed(derive_seed(t.cfg.training.seed, t.step, index))  # of dropout
+        with gradient_sync(t.wrapped, number == len(batch) - 1):  # around the forward too, or DDP reduces every time
+            with torch.autocast(t.device.type, torch.bfloat16, enabled=t.precision == "bf16-mixed"):
+                micro_loss = t.wrapped(rows[:, :-1], rows[:, 1:]) / len(batch)
+            micro_loss.backward()
+        loss += micro_loss.detach()
+    loss = dist.sum_(loss) / dist.world_size()
+
+    parameters = [p for p in t.model.parameters() if p.grad is not None]
+    grad_norm = dist.full(nn.utils.get_total_norm([p.grad for p in parameters]))
+    if t.cfg.training.grad_clip is not None:
+        nn.utils.clip_grads_with_norm_(parameters, t.cfg.training.grad_clip, grad_norm)
+    bad = 1 - (loss.isfinite() & grad_norm.isfinite()).float()  # the same on every rank, and still on the device
+    for optimizer in t.optimizers:
+        if optimizer.defaults.get("fused"):  # fused optimizers read the flag on the device
+            optimizer.grad_scale, optimizer.found_inf = None, bad
+            optimizer.step()
+        elif not bad.item():  # Muon has no such flag: this waits for the device
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    t.progress.add(loss, grad_norm, bad)
+    t.step += 1
+
+
+def gradient_sync(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Let ranks exchange gradients on the last micro-batch of an update only."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+    elif isinstance(wrapped, DistributedDataParallel) and not last:
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
+
+
+def set_learning_rate(t: Trainer) -> None:
+    rate = t.cfg.training.optimization.lr * learning_rate_multiplier(t.step, t.cfg)
+    for optimizer in t.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def log(t: Trainer, batches: BatchLoader) -> None:
+    """One line of metrics: means since the last line, over all tokens on all ranks."""
+    window = t.progress.read(t.step)
+    if window.worst_in_a_row >= t.cfg.training.max_nonfinite_steps:
+        raise TrainingError(f"step {t.step}: {window.worst_in_a_row:.0f} updates in a row were skipped because loss or "
+                            f"gradient was not finite; lower training.optimization.lr or set training.grad_clip=1.0")
+    seq_len, rows = t.cfg.model.max_seq_len, t.cfg.data.dataloader.batch_size
+    speed = window.steps * rows * seq_len / window.seconds
+    rate = t.optimizers[0].param_groups[0]["lr"]
+    metrics = {
+        "step": t.step, "train/loss": window.loss, "train/perplexity": evaluate.perplexity(window.loss),
+        "trainer/learning_rate": rate, "trainer/grad_norm": window.grad_norm,
+        "trainer/inf_or_nan_count": int(window.bad_steps), "tokens": t.step * rows * seq_len,
+        "tokens_per_second": speed, "data/wait_fraction": batches.take_wait() / window.seconds,
+    }
+    peak = next((f for name, f in PEAK_FLOPS.items()
+                 if t.device.type == "cuda" and name in torch.cuda.get_device_name(t.device)), None)
+    if peak is not None:
+        metrics["mfu"] = speed * t.model.flops_per_token() / (peak * dist.world_size())
+    t.folder.record(metrics)
+    loss = "no finite loss" if window.loss is None else f"loss {window.loss:.4f}"
+    t.folder.say(f"step {t.step}: {loss}, learning rate {rate:.2e}, gradient norm {window.grad_norm:.3f}, "
+                 f"{speed:,.0f} tokens/s")
+    t.folder.advance(loss=loss.removeprefix("loss "), lr=f"{rate:.1e}", tok_s=f"{speed:,.0f}")
+    epoch = t.dataset.epoch(t.step, rows)
+    if epoch > t.dataset.epoch(t.step - int(window.steps), rows):
+        t.folder.say(f"step {t.step}: epoch {epoch + 1} of the data has begun")
+
+
+# ---- merging -------------------------------------------------------------------------------------------------
+
+def merge(t: Trainer) -> None:
+    """Merge, reinitialise and reset; check on one small row that the model computes what it did before."""
+    relora, seed = t.cfg.model.relora, t.cfg.training.seed
+    before, loss_before = probe(t)
+    norm = merge_and_reinit(t.model, seed=seed, step=t.step)
+    zeroed = reset_optimizer(t.optimizers, t.model, seed=seed, step=t.step)
+    after, loss_after = probe(t)
+    change = ((after - before).abs().max() / before.abs().max()).item()
+    t.progress.reset_count += 1
+    metrics = {"step": t.step, "relora/reset_count": t.progress.reset_count, "relora/opt_zeroed": zeroed,
+               "relora/loss_before": loss_before, "relora/loss_after": loss_after, "relora/logit_change": change,
+               "relora/update_norm": norm}
+    if relora.trainable_scaling:
+        scales = torch.cat([dist.full(layer.scaling.detach()) for layer in relora_layers(t.model).values()])
+        metrics |= {"relora/sf_mean": scales.mean().item(), "relora/sf_std": scales.std(correction=0).item()}
+    t.folder.record(metrics)
+    t.folder.say(f"step {t.step}: merge {t.progress.reset_count}, norm of the update {norm:.3f}, loss on a small batch "
+                 f"{loss_before:.4f} -> {loss_after:.4f}, {zeroed:.2%} of the adapters' moments are 0")
+    if not change <= MERGE_TOLERANCE:
+        words = f"step {t.step}: the merge changed the logits by {change:.1e} of their size"
+        if not relora.reference_faults:
+            raise TrainingError(f"{words}, more than {MERGE_TOLERANCE:.0e}; the last checkpoint is from before it")
+        t.folder.say(f"{words} (model.relora.reference_faults is set)", "WARNING")
+
+
+@torch.no_grad()
+def probe(t: Trainer) -> tuple[Tensor, float]:
+    """(logits, mean loss) on the start of the next row; eval mode, float32."""
+    rows = t.dataset.rows(t.step * t.cfg.data.dataloader.batch_size, 1)[:, :PROBE_TOKENS + 1]
+    ids = torch.from_numpy(rows.astype(np.int64)).to(t.device)
+    t.model.eval()
+    logits = t.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
+    t.model.train()
+    reshard(t.model)
+    return logits, F.cross_entropy(logits[0], ids[0, 1:]).item()
+
+
+def begin_relora(t: Trainer) -> None:
+    """End a warm start: freeze the targets and add adapters. What is wrapped changes, so all is built again."""
+    state = checkpoint.gather_state(t.model, t.optimizers)
+    build(t, adapters=True, weights=state["model"], optimizer_state=state["optimizer"])
+    t.folder.say(f"step {t.step}: the warm start is over; {t.model.num_parameters(trainable_only=True):,} of "
+                 f"{t.model.num_parameters():,} parameters train from here on")
+
+
+# ---- saving --------------------------------------------------------------------------------------------------
+
+def save(t: Trainer) -> None:
+    """Evaluate, take snapshots, and start to write the checkpoint of this step."""
+    metrics = t.evaluation.run(t.model, t.step, t.folder)
+    if metrics:
+        t.folder.record({"step": t.step} | metrics)
+    reshard(t.model)
+    c, files = t.cfg.checkpointing, {}
+    if c.learning_dynamics is not None:
+        sources = {"train": t.dataset.batch(t.step, t.cfg.data.dataloader.batch_size), "val": t.evaluation.snapshot_rows}
+        for split, rows in sources.items():
+            if rows is not None:
+                for kind, tensors in dynamics.snapshot(t.model, rows, c.learning_dynamics, t.device).items():
+                    files[f"{c.learning_dynamics_dir}/{split}_{kind}.pt"] = checkpoint.torch_writer(tensors)
+                reshard(t.model)
+    state = checkpoint.gather_state(t.model, t.optimizers)
+    if dist.rank() == 0:
+        state |= {"step": t.step, "config": config.to_dict(t.cfg), "progress": t.progress.state(),
+                  "data": {"fingerprint": t.dataset.fingerprint, "name": t.cfg.data.dataset.name,
+                           "next_row": t.step * t.cfg.data.dataloader.batch_size},
+                  "random": {"seed": t.cfg.training.seed},  # with the step, all that randomness follows from
+                  "metrics_bytes": t.folder.metrics_size()}
+        files[f"{c.fabric_checkpoint_dir}/{c.fabric_checkpoint_filename}"] = checkpoint.torch_writer(state)
+        files |= export.writers(state["model"], t.cfg, t.dataset.folder.parent)
+        t.saver.save(t.step, files)
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward outside of training FSDP2's root stays whole; touch no parameters before this."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+# ---- setting up ----------------------------------------------------------------------------------------------
+
+def setup(cfg: Config, device: torch.device) -> Trainer:
+    """Open data, run folder and evaluation; resume, or start. Raises UserError before anything is trained."""
+    cfg.micro_batches(dist.world_size())
+    dataset = open_dataset(cfg)
+    evaluation = evaluate.Evaluation(cfg, dataset.folder.parent, device)
+    folder = RunFolder(cfg, run_folder(cfg))
+    precision = cfg.training.fabric.precision
+    if device.type == "cpu" and precision != "32-true":
+        folder.say(f"precision {precision} is slow on a CPU: training in 32-true")
+        precision = "32-true"
+    t = Trainer(cfg, device, precision, folder, dataset, evaluation, checkpoint.Saver(cfg.checkpointing, folder.path),
+                Progress(device))
+    for words in config.warnings(cfg, dist.world_size(), device.type):
+        folder.say(words, "WARNING")
+    state = checkpoint.resume(t.saver.folder, cfg, dataset.fingerprint, folder.say)
+    if state is None:
+        start = cfg.training.start_from
+        weights = export.load_plain(start)[1] if start else None
+        build(t, adapters=cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0, weights=weights)
+        describe(t)
+    else:
+        adapters = any(name.endswith("lora_A") for name in state["model"])
+        build(t, adapters, weights=state["model"], optimizer_state=state["optimizer"])
+        t.step = state["step"]
+        t.progress.load(state["progress"])
+        folder.rewind_metrics(state["metrics_bytes"])
+        describe(t)
+        folder.say(f"resumed at step {t.step}")
+    folder.start_wandb()
+    return t
+
+
+def open_dataset(cfg: Config) -> TokenDataset:
+    """The training rows, checked against the model."""
+    dataset = TokenDataset(cfg.data.dataset.name)
+    if dataset.row_length != cfg.model.max_seq_len + 1:
+        raise ConfigError(f"model.max_seq_len: {cfg.model.max_seq_len} needs rows of {cfg.model.max_seq_len + 1} tokens, "
+                          f"but {dataset.folder} has {dataset.row_length}; use model.max_seq_len={dataset.row_length - 1}")
+    if dataset.vocab_size > cfg.model.vocab_size:
+        raise ConfigError(f"model.vocab_size: {cfg.model.vocab_size} is below the {dataset.vocab_size} of "
+                          f"{dataset.folder}; use model.vocab_size={dataset.vocab_size}")
+    return dataset
+
+
+def build(t: Trainer, adapters: bool, weights: dict[str, Tensor] | None = None,
+          optimizer_state: dict[str, dict] | None = None) -> None:
+    """Make model, wrapping and optimizers; `weights` with adapters go in after these are made, plain ones before."""
+    torch.manual_seed(t.cfg.training.seed)
+    model = PicoDecoder(t.cfg.model)
+    plain = weights is not None and not any(name.endswith("lora_A") for name in weights)
+    if plain:
+        checkpoint.load_model_state(model, weights, "the weights to start from")
+    if adapters:
+        apply_relora(model, t.cfg.model.relora, t.cfg.training.seed)
+    if weights is not None and not plain:
+        checkpoint.load_model_state(model, weights, "the checkpoint")
+    t.model = model.to(t.device)
+    t.wrapped = parallelize(t.model, t.cfg, t.device)
+    t.optimizers = make_optimizers(t.model, t.cfg)
+    if optimizer_state is not None:
+        checkpoint.load_optimizer_state(t.model, t.optimizers, optimizer_state)
+
+
+def parallelize(model: PicoDecoder, cfg: Config, device: torch.device) -> nn.Module:
+    """What to train through: the model itself, DDP around it, or FSDP2 in it; blocks compiled where asked.
+
+    FSDP2 shards each block as a group; embedding, norm and head stay with the root, whose forward needs the whole
+    head weight for the chunked loss.
+    """
+    compiled = cfg.training.compile if cfg.training.compile is not None else device.type == "cuda"
+    if compiled:
+        for layer in model.layers:
+            layer.compile()
+    if dist.world_size() == 1:
+        return model
+    if cfg.training.strategy != "fsdp":
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                       broadcast_buffers=False, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(device.type, (dist.world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
+    """The optimizers of the trainable parameters; Muon takes the blocks' matrices and leaves the rest to AdamW."""
+    o = cfg.training.optimization
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trainable if o.optimizer == "muon" and p.dim() == 2 and name.startswith("layers.")]
+    rest = [p for _, p in trainable if not any(p is m for m in matrices)]
+    common = {"lr": o.lr, "weight_decay": o.weight_decay}
+    if o.optimizer == "sgd":
+        return [torch.optim.SGD(rest, momentum=o.momentum, fused=True, **common)]
+    adam = torch.optim.Adam if o.optimizer == "adam" else torch.optim.AdamW
+    optimizers: list[torch.optim.Optimizer] = [adam(rest, betas=tuple(o.betas), fused=True, **common)]
+    if matrices:  # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both
+        optimizers.append(torch.optim.Muon(matrices, momentum=o.momentum, adjust_lr_fn="match_rms_adamw", **common))
+    return optimizers
+
+
+def describe(t: Trainer) -> None:
+    micro, accumulation = t.cfg.micro_batches(dist.world_size())
+    strategy = type(t.wrapped).__name__.replace("DistributedDataParallel", "DDP").replace("PicoDecoder", "no wrapping")
+    t.folder.say(f"{t.model.num_parameters():,} parameters, {t.model.num_parameters(trainable_only=True):,} trainable; "
+                 f"{dist.world_size()} x {t.device.type}, {strategy}, {t.precision}")
+    t.folder.say(f"{t.dataset.folder}: {len(t.dataset):,} rows of {t.dataset.row_length} tokens; an update takes "
+                 f"{dist.world_size()} ranks x {accumulation} x {micro} rows; run folder {t.folder.path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a YAML file, such as config/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options on top of it")
+    args = parser.parse_args()
+    cfg = load_config(args.config, args.overrides)
+    with dist.session(cfg.training.fabric.accelerator) as device:
+        train(cfg, device)
+
+
+if __name__ == "__main__":
+    dist.command(main)
