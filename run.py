@@ -138,7 +138,8 @@ class RunFolder:
 
     def start_bar(self, first: int, last: int) -> None:
         if self.writes:
-            self._bar = tqdm(initial=first, total=last, unit=" steps", dynamic_ncols=True, mininterval=0.5)
+            self._bar = tqdm(initial=first, total=last, unit=" steps", dynamic_ncols=True, mininterval=0.5,
+                             disable=None)  # only on a terminal: a log file keeps the lines alone
 
     def advance(self, **shown: str) -> None:
         if self._bar is not None:
