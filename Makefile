@@ -1,0 +1,36 @@
+# make demo   train a small ReLoRA model on Python's own sources, about 2 minutes on 2 cores
+# make test   run every test
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/.installed
+	$(BIN)/python shards.py stdlib --out data/stdlib
+	$(BIN)/torchrun --standalone --nproc_per_node=2 train.py config/demo.yaml
+	$(BIN)/python sample.py runs/demo --prompt "def " --prompt "import " --tokens 120
+	@echo
+	@echo "runs/demo, with the last of its checkpoints opened:"
+	@find runs/demo \( -path '*/step_*' -a ! -path '*/step_750*' -a ! -name '*.json' \) -prune -print -o -print \
+		| sort | sed -e 's;[^/]*/;   ;g'
+	@echo
+	@echo "Next, try:"
+	@echo "   $(BIN)/python sample.py runs/demo --prompt 'class ' --temperature 0.5"
+	@echo "   $(BIN)/python train.py config/pico-relora-1m.yaml       # a longer run, about 1M parameters"
+	@echo "   less runs/demo/metrics.jsonl                            # the record of the run"
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf data/stdlib runs/demo
+
+.venv/.installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements.txt
+	@touch $@
+
+.venv/.installed-dev: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	@touch .venv/.installed $@
