@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import dist
-from config import CheckpointingConfig, Config, ConfigError, UserError, to_dict
+from config import CheckpointingConfig, Config, ConfigError, UserError, flat, to_dict
 from data import sha256
 
 MANIFEST = "manifest.json"
@@ -266,49 +266,39 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def resume(checkpoints: Path, cfg: Config, fingerprint: str, say: Callable[..., None]) -> dict[str, Any] | None:
-    """The newest valid training state for a run of `cfg` on the tokens that `fingerprint` names; None: start afresh.
+def resume(checkpoints: Path, cfg: Config) -> tuple[dict[str, Any] | None, list[str]]:
+    """(the newest valid training state for a run of `cfg`, or None: start afresh; what the user should be told).
 
     Every rank must call it. Raises UserError where run and checkpoint contradict each other.
     """
-    found = None
+    found, notes = None, []
     if dist.rank() == 0 and cfg.checkpointing.training.auto_resume:
         for found, complaint in find_resumable(checkpoints, cfg.checkpointing):
-            if complaint:
-                say(complaint, "WARNING")
-    elif dist.rank() == 0 and step_folders(checkpoints):
+            notes += [complaint] if complaint else []
+    refused = dist.rank() == 0 and not cfg.checkpointing.training.auto_resume and bool(step_folders(checkpoints))
+    found, refused = dist.from_rank0((found, refused))
+    if refused:
         raise ConfigError(f"checkpointing.training.auto_resume: is off, but {checkpoints} holds checkpoints; choose "
                           f"another checkpointing.run_name")
-    found = dist.from_rank0(found)
     if found is None:
-        return None
+        return None, notes
     state = read_state(found / cfg.checkpointing.fabric_checkpoint_dir / cfg.checkpointing.fabric_checkpoint_filename)
-    differences = contradictions(state["config"], cfg)
-    if state["data"]["fingerprint"] != fingerprint:
-        differences.append(f"data.dataset.name: {state['data']['name']} -> {cfg.data.dataset.name} (other tokens)")
-    if differences:
+    if differences := contradictions(state["config"], cfg):
         raise ConfigError(f"{found}: is of another run ({'; '.join(differences)}); put these back, or choose another "
                           f"checkpointing.run_name")
     before = state["config"]["training"]["max_steps"]
     if before != cfg.training.max_steps:
-        say(f"training.max_steps: {before} -> {cfg.training.max_steps} bends the schedule from here on", "WARNING")
-    return state
+        notes.append(f"training.max_steps: {before} -> {cfg.training.max_steps} bends the schedule from here on")
+    return state, notes
 
 
 def contradictions(saved: dict[str, Any], cfg: Config) -> list[str]:
     """What makes `cfg` another run than the one whose config was saved: "key: saved -> now", one each."""
     def facts(tree: dict[str, Any]) -> dict[str, Any]:
         optimization = {k: v for k, v in tree["training"]["optimization"].items() if k != "gradient_accumulation_steps"}
-        return {"data.dataloader.batch_size": tree["data"]["dataloader"]["batch_size"], **_flat(tree["model"], "model"),
-                "training.seed": tree["training"]["seed"], **_flat(optimization, "training.optimization")}
+        return {"data.dataloader.batch_size": tree["data"]["dataloader"]["batch_size"], **flat(tree["model"], "model."),
+                "training.seed": tree["training"]["seed"], **flat(optimization, "training.optimization.")}
     before, now = facts(saved), facts(to_dict(cfg))
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)]
 
-
-def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested dicts as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
-    return flat

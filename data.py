@@ -15,7 +15,6 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +87,17 @@ class TokenDataset:
         parts = [self.row_length, *((s["rows"], s["sha256"]) for s in self.index["shards"])]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
+    def advance(self, step: int) -> None:
+        """Training is about to take batch `step`; of use to datasets that fetch their shards as they go."""
+
+    def close(self) -> None:
+        """Training is over."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data, so that a resume finds the same rows."""
+        return {"fingerprint": self.fingerprint, "revision": self.index["revision"]}
+
     def shard(self, number: int) -> np.ndarray:
         """The memory map of a shard, (rows, row_length), opened on first use."""
         if number not in self._maps:
@@ -142,8 +152,8 @@ def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
 class BatchLoader:
     """Prefetches this rank's micro-batches in a thread; a context manager that stops the thread.
 
-    next(loader) is a list of `accumulation` pairs (index of the micro-batch in the global batch, rows int64
-    (micro, row_length)) for one update after another. Micro-batch a of rank r has index a * world + r, so
+    next(loader) gives, for one update after another, a list of `accumulation` pairs (index of the micro-batch in the
+    global batch, rows int64 (micro, row_length)), or the DataError that ended them. Micro-batch a of rank r has index a * world + r, so
     the same micro-batch size gives the same micro-batches on any number of ranks. `wait` adds up the seconds that
     the consumer stood still.
     """
@@ -179,16 +189,16 @@ class BatchLoader:
         indices = [a * self.world + self.rank for a in range(self.accumulation)]
         return [(i, self.dataset.rows(first + i * self.micro, self.micro)) for i in indices]
 
-    def __iter__(self) -> Iterator[list[tuple[int, Tensor]]]:
-        return self
-
-    def __next__(self) -> list[tuple[int, Tensor]]:
+    def __next__(self) -> tuple[list[tuple[int, Tensor]], DataError | None]:
+        """(the next update's micro-batches, None), or ([], why there are no more)."""
         start = time.perf_counter()
         item = self._queue.get()
         self.wait += time.perf_counter() - start
+        if isinstance(item, DataError):
+            return [], item
         if isinstance(item, Exception):
             raise item
-        return [(index, to_device(rows, self.device)) for index, rows in item]
+        return [(index, to_device(rows, self.device)) for index, rows in item], None
 
     def take_wait(self) -> float:
         """The seconds waited since the last call."""

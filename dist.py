@@ -22,6 +22,9 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from config import UserError
 
 
+_hosts: torch_dist.ProcessGroup | None = None  # for flags that must not wait for a device
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
@@ -50,6 +53,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
 @contextlib.contextmanager
 def session(wanted_device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch.device]:
     """Join the process group, if torchrun started us, and leave it at the end; yields this rank's device."""
+    global _hosts
     device = pick_device(wanted_device)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
@@ -57,8 +61,9 @@ def session(wanted_device: str = "auto", timeout_minutes: float = 30) -> Iterato
     elif local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which idles the cores of a laptop
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if "RANK" in os.environ:
-        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                      timeout=datetime.timedelta(minutes=timeout_minutes))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        _hosts = torch_dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield device
     finally:
@@ -80,6 +85,15 @@ def sum_(tensor: Tensor) -> Tensor:
     if _group():
         torch_dist.all_reduce(tensor)
     return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any rank. Goes between the hosts, so no device is waited for."""
+    if not _group():
+        return flag
+    votes = torch.tensor([flag], dtype=torch.int32)
+    torch_dist.all_reduce(votes, group=_hosts)
+    return bool(votes)
 
 
 def from_rank0(value: Any) -> Any:

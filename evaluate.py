@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 import dist
-from config import Config, ConfigError
-from data import DataError, TokenDataset, read_index, to_device
+from config import Config, ConfigError, UserError
+from data import TokenDataset, to_device
 from run import RunFolder
+from shards import local_or_hub
 
 
 @torch.no_grad()
@@ -56,32 +56,33 @@ def rows_metrics(losses: np.ndarray, tokens: int) -> dict[str, float]:
     return {"loss": loss, "perplexity": perplexity(loss), "mean_row_perplexity": float(np.mean(by_row))}
 
 
-def open_rows(name: str, split: str, key: str) -> TokenDataset:
-    """The evaluation rows that the option `key` names. Raises ConfigError naming it and the fix."""
+def open_rows(name: str, split: str, key: str, cfg: Config) -> TokenDataset:
+    """The evaluation rows that the option `key` names, a folder or a Hub dataset. Raises ConfigError naming key and fix."""
     try:
-        return TokenDataset(name, split)
-    except DataError as error:
+        return TokenDataset(local_or_hub(name, split, cfg.data.dataset, cfg.model.vocab_size), split)
+    except UserError as error:
         raise ConfigError(f"{key}: {name!r} cannot be had ({error}); give a folder made by shards.py, or null") from None
 
 
 class Evaluation:
     """The evaluations that a run's config asks for; opens their data at once, so that errors come at the start."""
 
-    def __init__(self, cfg: Config, dataset: Path, device: torch.device):
+    def __init__(self, cfg: Config, dataset: TokenDataset, device: torch.device):
         self.cfg, self.device = cfg, device
         e, dynamics, metrics = cfg.evaluation, cfg.checkpointing.learning_dynamics, cfg.evaluation.metrics or []
         self.rows: dict[str, np.ndarray] = {}
-        self.entropy = read_index(dataset / "train").get("entropy")
+        self.entropy = dataset.index.get("entropy")
         if "val" in metrics:
-            val = open_rows(str(dataset), "val", "evaluation.metrics")
+            val = open_rows(str(dataset.folder.parent), "val", "evaluation.metrics", cfg)
             self.rows["val"] = val.rows(0, min(len(val), e.val.max_rows or len(val)))
         if "paloma" in metrics:
-            paloma = open_rows(e.paloma.dataset_name, e.paloma.dataset_split, "evaluation.paloma.dataset_name")
+            paloma = open_rows(e.paloma.dataset_name, e.paloma.dataset_split, "evaluation.paloma.dataset_name",
+                               cfg)
             self.rows["paloma"] = paloma.rows(0, len(paloma))[:, :e.paloma.max_length]
         self.snapshot_rows: np.ndarray | None = None
         if dynamics is not None and dynamics.eval_data is not None:
-            name = str(dataset) if dynamics.eval_data == "val" else dynamics.eval_data
-            source = open_rows(name, "val", "checkpointing.learning_dynamics.eval_data")
+            name = str(dataset.folder.parent) if dynamics.eval_data == "val" else dynamics.eval_data
+            source = open_rows(name, "val", "checkpointing.learning_dynamics.eval_data", cfg)
             self.snapshot_rows = source.rows(0, min(len(source), dynamics.max_rows or len(source)))
         for name, rows in {**self.rows, "eval_data": self.snapshot_rows}.items():
             if rows is not None and rows.shape[1] - 1 > cfg.model.max_seq_len:

@@ -3,7 +3,9 @@
     python shards.py stdlib --out data/stdlib                      # Python's own library, as bytes; no network
     python shards.py text book.txt more.jsonl --out data/books --tokenizer tokenizer.json
     python shards.py parquet data/train-*.parquet --out data/dolma --tokenizer tokenizer.json
-    python shards.py verify data/dolma
+    python shards.py download pico-lm/pretokenized-dolma --shards 0:8 --out data/dolma-8
+    python shards.py show data/dolma-8 --step 100 --batch-size 1024 # the very rows that an update trains on
+    python shards.py verify data/dolma-8
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ import numpy as np
 from tqdm import tqdm
 
 import dist
+import stream
+from config import DatasetConfig
 from data import (INDEX, ByteTokenizer, DataError, TokenDataset, Tokenizer, load_tokenizer, read_index, sha256,
                   token_dtype)
+from parquet import convert_parquet
 
 SHARD_ROWS = 20_480  # rows of a shard, as in the pretokenized Dolma
 SHUFFLE_SEED = 0  # of the rows of a made dataset; the training order is then the order on disk
@@ -42,8 +47,9 @@ def write_shards(folder: Path, rows: np.ndarray, vocab_size: int, source: str, *
     write_index(folder, shards, rows.shape[1], vocab_size, source, **extra)
 
 
-def shard_entry(path: Path, rows: int) -> dict[str, Any]:
-    return {"file": path.name, "rows": rows, "sha256": sha256(path)}
+def shard_entry(path: Path, rows: int, sources: list[str] | None = None) -> dict[str, Any]:
+    """A shard's line in the index; `sources` names where each row is from, if that is known."""
+    return {"file": path.name, "rows": rows, "sha256": sha256(path)} | ({"sources": sources} if sources else {})
 
 
 def write_index(folder: Path, shards: list[dict], row_length: int, vocab_size: int, source: str,
@@ -142,43 +148,6 @@ def make_text(out: Path, files: list[Path], tokenizer: Tokenizer, vocab_size: in
             write_shards(out / split, shuffled(part), vocab_size, source, **extra)
 
 
-def convert_parquet(path: Path, target: Path, vocab_size: int) -> tuple[int, int]:
-    """Write the `input_ids` of a parquet file as one shard; returns (rows, row_length).
-
-    Takes int32 and int64 lists, large and fixed-size lists, any number of row groups, and holds one batch of rows
-    at a time. Raises DataError naming file, row and reason.
-    """
-    import pyarrow as arrow
-    import pyarrow.compute as compute
-    import pyarrow.parquet as parquet
-    try:
-        with parquet.ParquetFile(path) as file:
-            total = file.metadata.num_rows
-            if "input_ids" not in file.schema_arrow.names or total == 0:
-                raise DataError(f"{path}: has no rows with a column input_ids")
-            out, done, row_length = None, 0, 0
-            for batch in file.iter_batches(batch_size=1024, columns=["input_ids"]):
-                column = batch.column(0)
-                lengths = compute.fill_null(compute.list_value_length(column), 0).to_numpy()
-                if out is None:
-                    row_length = int(lengths[0])
-                    out = np.lib.format.open_memmap(target, "w+", token_dtype(vocab_size), (total, row_length))
-                if (wrong := lengths != row_length).any():
-                    bad = int(np.argmax(wrong))
-                    raise DataError(f"{path}: row {done + bad} has {lengths[bad]} ids, the first has {row_length}")
-                ids = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), row_length)
-                if ids.min() < 0 or ids.max() >= vocab_size:
-                    bad = int(np.argmax(((ids < 0) | (ids >= vocab_size)).any(axis=1)))
-                    raise DataError(f"{path}: row {done + bad} holds ids from {ids[bad].min()} to {ids[bad].max()}, "
-                                    f"outside the vocabulary of {vocab_size}")
-                out[done:done + len(ids)] = ids
-                done += len(ids)
-            out.flush()
-    except (OSError, arrow.ArrowException, TypeError) as error:
-        raise DataError(f"{path}: not a parquet file of token rows ({error})") from None
-    return total, row_length
-
-
 def make_parquet(out: Path, files: list[Path], vocab_size: int) -> None:
     """A shard from each file; files named val-… go to the split val, all others to train."""
     shards: dict[str, list[dict]] = {}
@@ -187,12 +156,52 @@ def make_parquet(out: Path, files: list[Path], vocab_size: int) -> None:
         split = "val" if path.name.startswith("val") else "train"
         (out / split).mkdir(parents=True, exist_ok=True)
         target = out / split / f"shard-{len(shards.setdefault(split, [])):05d}.npy"
-        rows, row_length = convert_parquet(path, target, vocab_size)
-        if row_lengths.setdefault(split, row_length) != row_length:
-            raise DataError(f"{path}: has rows of {row_length} ids, the files before it of {row_lengths[split]}")
-        shards[split].append(shard_entry(target, rows))
+        made = convert_parquet(path, target, vocab_size)
+        if row_lengths.setdefault(split, made.row_length) != made.row_length:
+            raise DataError(f"{path}: has rows of {made.row_length} ids, the files before it of {row_lengths[split]}")
+        shards[split].append(shard_entry(target, made.rows, made.sources))
     for split, entries in shards.items():
         write_index(out / split, entries, row_lengths[split], vocab_size, ", ".join(sorted({f.parent.name for f in files})))
+
+
+# ---- the Hub -------------------------------------------------------------------------------------------------
+
+def download(source: stream.Source, numbers: range, out: Path, cfg: DatasetConfig, vocab_size: int) -> None:
+    """Fetch shards `numbers` of a Hub dataset into the folder of its split, out/SPLIT, which appears when complete."""
+    staged = out / f".staging-{source.split}"
+    staged.mkdir(parents=True, exist_ok=True)
+    entries, lengths = [], set()
+    for number in tqdm(numbers, desc=f"fetching {source.name}", unit=" shards"):
+        path = staged / f"shard-{len(entries):05d}.npy"
+        made = stream.fetch(source, number, path, vocab_size, cfg.patience_minutes)
+        lengths.add(made.row_length)
+        entries.append(shard_entry(path, made.rows, made.sources))
+    if len(lengths) > 1:
+        raise DataError(f"{source.name}: its files have rows of different lengths, {sorted(lengths)}")
+    write_index(staged, entries, lengths.pop(), vocab_size, source.name, source.revision,
+                first_shard=numbers.start)
+    os.rename(staged, out / source.split)
+
+
+def local_or_hub(name: str, split: str, cfg: DatasetConfig, vocab_size: int) -> Path:
+    """The folder of a dataset that is small enough to have whole: `name` itself, or the copy of it from the Hub.
+
+    Every rank must call it. Raises UserError.
+    """
+    if Path(name).exists():
+        return Path(name)
+    source = stream.find(name, split, cfg)
+    folder = Path(cfg.cache_dir) / name.replace("/", "--") / source.revision
+    problem = ""
+    if dist.local_rank() == 0 and not (folder / split / INDEX).exists():
+        try:
+            download(source, range(len(source.files)), folder, cfg, vocab_size)
+        except DataError as error:  # told to all, or the other ranks would wait for ever
+            problem = str(error)
+    problem = next(filter(None, dist.gather(problem)), "")
+    if problem:
+        raise DataError(problem)
+    return folder
 
 
 def verify(folder: Path) -> int:
@@ -215,6 +224,31 @@ def verify(folder: Path) -> int:
 
 # ---- the command -----------------------------------------------------------------------------------------------
 
+def show(args: argparse.Namespace) -> None:
+    """Print the rows of one update, decoded: all of them, or one rank's micro-batches."""
+    cfg = DatasetConfig(name=args.dataset, prefetch_shards=0, revision=args.revision)
+    if Path(args.dataset).exists():
+        dataset = TokenDataset(args.dataset)
+    else:
+        dataset = stream.StreamedDataset(stream.find(args.dataset, "train", cfg), cfg, args.vocab_size or 50304,
+                                         args.batch_size)
+        dataset.advance(args.step)
+    micro = args.micro_batch_size or args.batch_size // args.world
+    if args.batch_size % (micro * args.world):
+        raise DataError(f"--micro-batch-size: {micro} rows x {args.world} ranks do not divide {args.batch_size}")
+    rows = dataset.batch(args.step, args.batch_size)
+    tokenizer = load_tokenizer(dataset.folder.parent)
+    print(f"{dataset.folder}, fingerprint {dataset.fingerprint}: update {args.step + 1} trains on rows "
+          f"{args.step * args.batch_size:,} to {(args.step + 1) * args.batch_size - 1:,}, epoch "
+          f"{dataset.epoch(args.step, args.batch_size) + 1}")
+    for number, row in enumerate(rows):
+        index = number // micro  # of the micro-batch in the global batch
+        if args.rank in (None, index % args.world):
+            text = tokenizer.decode(row.tolist()) if tokenizer.vocab_size >= 0.9 * dataset.vocab_size else row.tolist()
+            print(f"row {args.step * args.batch_size + number}, rank {index % args.world}: {text!r}"[:args.width])
+    dataset.close()
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -231,6 +265,23 @@ def parse() -> argparse.Namespace:
         packed.add_argument("--row-length", type=int, default=length,
                             help=f"max_seq_len + 1 of the model to train (default: {length})")
     text.add_argument("--val-share", type=float, default=0.05, help="share of the rows held out (default: 0.05)")
+    fetched = commands.add_parser("download", help="shards of a Hub dataset into a folder of your own")
+    fetched.add_argument("name", help="owner/name on the Hub")
+    fetched.add_argument("--shards", default="0:1", help="first:end, such as 0:8 (default: 0:1)")
+    fetched.add_argument("--split", default="train")
+    fetched.add_argument("--out", type=Path, required=True)
+    fetched.add_argument("--tokenizer", default="allenai/OLMo-7B-0724-hf", help="a folder or Hub model with tokenizer.json")
+    shown = commands.add_parser("show", help="the rows that an update trains on, decoded")
+    shown.add_argument("dataset", help="a dataset folder, or owner/name on the Hub")
+    shown.add_argument("--step", type=int, required=True, help="updates before it: 0 is the first")
+    shown.add_argument("--batch-size", type=int, default=1024, help="global batch size (default: 1024)")
+    shown.add_argument("--rank", type=int, help="only this rank's rows")
+    shown.add_argument("--world", type=int, default=1, help="number of ranks (default: 1)")
+    shown.add_argument("--micro-batch-size", type=int, help="rows a forward (default: batch size / world)")
+    shown.add_argument("--width", type=int, default=200, help="characters a row (default: 200)")
+    for remote in (fetched, shown):
+        remote.add_argument("--vocab-size", type=int, help="ids must be below (default: 50304)")
+        remote.add_argument("--revision", help="a commit or branch (default: main)")
     commands.add_parser("verify", help="check every shard of a dataset").add_argument("folder", type=Path)
     return parser.parse_args()
 
@@ -262,6 +313,18 @@ def make(args: argparse.Namespace) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def fetch_dataset(args: argparse.Namespace) -> None:
+    cfg = DatasetConfig(name=args.name, revision=args.revision)
+    source = stream.find(args.name, args.split, cfg)
+    first, _, end = args.shards.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end) <= len(source.files)):
+        raise DataError(f"--shards: {args.shards!r} is not first:end within 0:{len(source.files)}")
+    if (args.out / args.split).exists():
+        raise DataError(f"{args.out / args.split}: is already there; choose another --out, or delete it first")
+    download(source, range(int(first), int(end)), args.out, cfg, args.vocab_size or 50304)
+    stream.fetch_tokenizer(args.tokenizer, args.out)
+
+
 def describe(folder: Path) -> None:
     for path in sorted(folder.glob(f"*/{INDEX}")):
         index = read_index(path.parent)
@@ -278,7 +341,11 @@ def main() -> None:
     if args.command == "verify":
         print(f"{args.folder}: {verify(args.folder):,} rows are as the index says")
         return
-    if args.command == "stdlib" and args.out.exists():
+    if args.command == "show":
+        return show(args)
+    if args.command == "download":
+        fetch_dataset(args)
+    elif args.command == "stdlib" and args.out.exists():
         print(f"{args.out} is already there")
     else:
         make(args)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ import dist
 import dynamics
 import evaluate
 import export
+import stream
 from config import Config, ConfigError, UserError, load_config
 from data import BatchLoader, TokenDataset
 from model import PicoDecoder
@@ -68,34 +69,42 @@ class Trainer:
 
 def train(cfg: Config, device: torch.device) -> None:
     t = setup(cfg, device)
-    with t.folder.reporting(lambda: t.step):
-        loop(t)
-
-
-def loop(t: Trainer) -> None:
-    cfg, device = t.cfg, t.device
-    saved = t.step if t.step else None
     micro, accumulation = cfg.micro_batches(dist.world_size())
-    with BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches:
-        t.folder.start_bar(t.step, cfg.last_step)
-        t.progress.start_window(t.step)
-        while True:
-            if t.step != saved and (t.step % cfg.checkpointing.save_every_n_steps == 0 or t.step == cfg.last_step):
-                with t.progress.paused():
-                    save(t)
-                saved = t.step
-            if t.step >= cfg.last_step:
-                break
-            if cfg.model.relora and not relora_layers(t.model) and t.step >= cfg.model.relora.warm_start_steps:
-                begin_relora(t)
-            if merge_due(t.step, cfg):
-                with t.progress.paused():
-                    merge(t)
-            set_learning_rate(t)
-            train_step(t, next(batches))
-            if t.step % cfg.monitoring.logging.log_every_n_steps == 0 or t.step == cfg.last_step:
-                log(t, batches)
-            t.folder.advance()
+    with (t.folder.reporting(lambda: t.step), contextlib.closing(t.dataset),
+          BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches):
+        loop(t, batches)
+
+
+def loop(t: Trainer, batches: BatchLoader) -> None:
+    """Evaluate, snapshot and save; merge; learning rate; accumulate and step; log; until the last step."""
+    cfg = t.cfg
+    saved = t.step or None
+    t.folder.start_bar(t.step, cfg.last_step)
+    t.progress.start_window(t.step)
+    while True:
+        if t.step != saved and (t.step % cfg.checkpointing.save_every_n_steps == 0 or t.step == cfg.last_step):
+            with t.progress.paused():
+                save(t)
+            saved = t.step
+        if t.step >= cfg.last_step:
+            break
+        batch, problem = next(batches)
+        if dist.any_rank(problem is not None):  # no more data: keep what there is, on all ranks together
+            if t.step != saved:
+                save(t, whole=False)
+            t.saver.wait()
+            raise problem or TrainingError("another rank ran out of data; its message is above")
+        if cfg.model.relora and not relora_layers(t.model) and t.step >= cfg.model.relora.warm_start_steps:
+            begin_relora(t)
+        if merge_due(t.step, cfg):
+            with t.progress.paused():
+                merge(t)
+        set_learning_rate(t)
+        train_step(t, batch)
+        if t.step % cfg.monitoring.logging.log_every_n_steps == 0 or t.step == cfg.last_step:
+            log(t, batches)
+        t.folder.advance()
+        t.dataset.advance(t.step)
     t.saver.wait()
 
 
@@ -221,14 +230,14 @@ def begin_relora(t: Trainer) -> None:
 
 # ---- saving --------------------------------------------------------------------------------------------------
 
-def save(t: Trainer) -> None:
-    """Evaluate, take snapshots, and start to write the checkpoint of this step."""
-    metrics = t.evaluation.run(t.model, t.step, t.folder)
-    if metrics:
-        t.folder.record({"step": t.step} | metrics)
-    reshard(t.model)
+def save(t: Trainer, whole: bool = True) -> None:
+    """Evaluate, take snapshots, and start to write the checkpoint of this step; only that if not `whole`."""
     c, files = t.cfg.checkpointing, {}
-    if c.learning_dynamics is not None:
+    if whole:
+        if metrics := t.evaluation.run(t.model, t.step, t.folder):
+            t.folder.record({"step": t.step} | metrics)
+        reshard(t.model)
+    if whole and c.learning_dynamics is not None:
         sources = {"train": t.dataset.batch(t.step, t.cfg.data.dataloader.batch_size), "val": t.evaluation.snapshot_rows}
         for split, rows in sources.items():
             if rows is not None:
@@ -238,8 +247,7 @@ def save(t: Trainer) -> None:
     state = checkpoint.gather_state(t.model, t.optimizers)
     if dist.rank() == 0:
         state |= {"step": t.step, "config": config.to_dict(t.cfg), "progress": t.progress.state(),
-                  "data": {"fingerprint": t.dataset.fingerprint, "name": t.cfg.data.dataset.name,
-                           "next_row": t.step * t.cfg.data.dataloader.batch_size},
+                  "data": t.dataset.state | {"next_row": t.step * t.cfg.data.dataloader.batch_size},
                   "random": {"seed": t.cfg.training.seed},  # with the step, all that randomness follows from
                   "metrics_bytes": t.folder.metrics_size()}
         files[f"{c.fabric_checkpoint_dir}/{c.fabric_checkpoint_filename}"] = checkpoint.torch_writer(state)
@@ -258,18 +266,19 @@ def reshard(model: nn.Module) -> None:
 def setup(cfg: Config, device: torch.device) -> Trainer:
     """Open data, run folder and evaluation; resume, or start. Raises UserError before anything is trained."""
     cfg.micro_batches(dist.world_size())
-    dataset = open_dataset(cfg)
-    evaluation = evaluate.Evaluation(cfg, dataset.folder.parent, device)
-    folder = RunFolder(cfg, run_folder(cfg))
+    path = run_folder(cfg)
+    state, notes = checkpoint.resume(path / cfg.checkpointing.checkpoints_dir, cfg)
+    dataset = stream.open_dataset(cfg, state["step"] if state else 0, state["data"] if state else None)
+    evaluation = evaluate.Evaluation(cfg, dataset, device)
+    folder = RunFolder(cfg, path)
     precision = cfg.training.fabric.precision
     if device.type == "cpu" and precision != "32-true":
         folder.say(f"precision {precision} is slow on a CPU: training in 32-true")
         precision = "32-true"
     t = Trainer(cfg, device, precision, folder, dataset, evaluation, checkpoint.Saver(cfg.checkpointing, folder.path),
                 Progress(device))
-    for words in config.warnings(cfg, dist.world_size(), device.type):
+    for words in notes + config.warnings(cfg, dist.world_size(), device.type):
         folder.say(words, "WARNING")
-    state = checkpoint.resume(t.saver.folder, cfg, dataset.fingerprint, folder.say)
     if state is None:
         start = cfg.training.start_from
         weights = export.load_plain(start)[1] if start else None
@@ -285,18 +294,6 @@ def setup(cfg: Config, device: torch.device) -> Trainer:
         folder.say(f"resumed at step {t.step}")
     folder.start_wandb()
     return t
-
-
-def open_dataset(cfg: Config) -> TokenDataset:
-    """The training rows, checked against the model."""
-    dataset = TokenDataset(cfg.data.dataset.name)
-    if dataset.row_length != cfg.model.max_seq_len + 1:
-        raise ConfigError(f"model.max_seq_len: {cfg.model.max_seq_len} needs rows of {cfg.model.max_seq_len + 1} tokens, "
-                          f"but {dataset.folder} has {dataset.row_length}; use model.max_seq_len={dataset.row_length - 1}")
-    if dataset.vocab_size > cfg.model.vocab_size:
-        raise ConfigError(f"model.vocab_size: {cfg.model.vocab_size} is below the {dataset.vocab_size} of "
-                          f"{dataset.folder}; use model.vocab_size={dataset.vocab_size}")
-    return dataset
 
 
 def build(t: Trainer, adapters: bool, weights: dict[str, Tensor] | None = None,
@@ -331,8 +328,10 @@ def parallelize(model: PicoDecoder, cfg: Config, device: torch.device) -> nn.Mod
     if dist.world_size() == 1:
         return model
     if cfg.training.strategy != "fsdp":
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch >= 2.13
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                       broadcast_buffers=False, gradient_as_bucket_view=True)
+                                       gradient_as_bucket_view=True,
+                                       **{"forward_sync_buffers" if new else "broadcast_buffers": False})
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
@@ -370,7 +369,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options on top of it")
     args = parser.parse_args()
     cfg = load_config(args.config, args.overrides)
-    with dist.session(cfg.training.fabric.accelerator) as device:
+    timeout = cfg.data.dataset.patience_minutes + 30  # a rank may wait that long for data while the others wait for it
+    with dist.session(cfg.training.fabric.accelerator, timeout) as device:
         train(cfg, device)
 
 

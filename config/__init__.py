@@ -26,6 +26,11 @@ from config.reading import ConfigError, UserError, apply_override, build  # noqa
 @dataclass
 class DatasetConfig:
     name: str = "pico-lm/pretokenized-dolma"  # a folder made by shards.py, or a dataset on the Hub
+    cache_dir: str = "data/hub"  # (ours) where shards from the Hub are kept
+    prefetch_shards: int = 2  # (ours) shards fetched ahead of the one in use
+    keep_shards: int | None = None  # (ours) shards kept behind it; null: all (the whole of Dolma is 840 GB)
+    revision: str | None = None  # (ours) a commit or branch of the Hub dataset; null: main, pinned at first contact
+    patience_minutes: float = 60  # (ours) how long the Hub may be away before the run checkpoints and stops
 
 
 @dataclass
@@ -304,18 +309,21 @@ def to_dict(cfg: Any) -> dict:
 
 # ---- impossible values -----------------------------------------------------------------------------
 
-_POSITIVE = """data.dataloader.batch_size data.tokenizer.vocab_size model.d_model model.n_layers model.vocab_size
-    model.batch_size model.max_seq_len model.attention_n_heads model.attention_n_kv_heads model.activation_hidden_dim
-    model.norm_eps model.position_emb_theta model.relora.reset_frequency model.relora.r model.relora.lora_alpha
-    training.max_steps training.stop_at_step training.micro_batch_size training.grad_clip training.max_nonfinite_steps
-    training.fabric.num_nodes training.fabric.num_devices training.optimization.lr
-    training.optimization.gradient_accumulation_steps evaluation.val.batch_size evaluation.val.max_rows
-    evaluation.paloma.batch_size evaluation.paloma.max_length evaluation.blimp.batch_size
-    evaluation.blimp.samples_per_set monitoring.logging.log_every_n_steps checkpointing.save_every_n_steps
-    checkpointing.keep_training_states checkpointing.learning_dynamics.batch_size
-    checkpointing.learning_dynamics.max_rows""".split()
-_NOT_NEGATIVE = """training.seed training.optimization.lr_warmup_steps training.optimization.restart_warmup_steps
-    training.optimization.weight_decay model.relora.warm_start_steps""".split()
+_MAY_BE_ZERO = {  # every other number must be above 0
+    "data.dataset.prefetch_shards", "data.dataset.keep_shards", "training.seed", "training.optimization.lr_warmup_steps",
+    "training.optimization.restart_warmup_steps", "training.optimization.min_lr_ratio",
+    "training.optimization.weight_decay", "training.optimization.momentum", "model.relora.lora_dropout",
+    "model.relora.warm_start_steps", "model.relora.optimizer_reset.ratio",
+}
+_MAY_BE_NEGATIVE = {"checkpointing.learning_dynamics.sequence_idx"}
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one of dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _get(cfg: Any, key: str) -> Any:
@@ -330,10 +338,10 @@ def _check(cfg: Config) -> None:
         if not holds:
             raise ConfigError(f"{key}: {_get(cfg, key)!r} {why}")
 
-    for key in _POSITIVE:
-        need(_get(cfg, key) is None or _get(cfg, key) > 0, key, "must be above 0")
-    for key in _NOT_NEGATIVE:
-        need(_get(cfg, key) is None or _get(cfg, key) >= 0, key, "must not be negative")
+    for key, value in flat(to_dict(cfg)).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in _MAY_BE_NEGATIVE:
+            need(value >= 0, key, "must not be negative")
+            need(value > 0 or key in _MAY_BE_ZERO, key, "must be above 0")
     m, o, relora = cfg.model, cfg.training.optimization, cfg.model.relora
     need(m.d_model % m.attention_n_heads == 0, "model.d_model",
          f"must be a multiple of attention_n_heads {m.attention_n_heads}")

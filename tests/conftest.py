@@ -12,3 +12,13 @@ def seeded():
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     return lab.make_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory, dataset):
+    """One run of 20 steps three ways: `single`, and on two ranks `ddp` and `fsdp`."""
+    runs = lab.Lab(tmp_path_factory.mktemp("worlds"), dataset)
+    runs.train("single")
+    for strategy in ("ddp", "fsdp"):
+        runs.train(strategy, f"training.strategy={strategy}", lab.HALF, ranks=2)
+    return runs

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 
+import dist
 from shards import write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
+IN_TURN = """
+import json, sys
+import dist, train
+from config import load_config
+with dist.session("cpu") as device:
+    for path, *words in json.loads(sys.argv[1]):
+        train.train(load_config(path, words), device)
+"""
+HALF = "training.optimization.gradient_accumulation_steps=2"  # on two ranks, tiny_tree's micro-batches of 2 rows
 SHARED = ROOT.parent / "shared" / "data"  # real data, where it is at hand
 
 
@@ -59,12 +77,13 @@ def write_config(path: Path, tree: dict) -> Path:
 
 
 def start(command: str, *words: object, ranks: int = 0, env: dict[str, str] | None = None) -> subprocess.Popen:
-    """Start `python COMMAND words`, under a real torchrun where ranks >= 1."""
+    """Start `python COMMAND words`, under a real torchrun where ranks >= 1; COMMAND may be a script elsewhere."""
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen([*launcher, str(ROOT / command), *map(str, words)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **(env or {})})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})})
 
 
 def run(command: str, *words: object, ranks: int = 0, timeout: float = 180, code: int | None = 0,
@@ -74,11 +93,102 @@ def run(command: str, *words: object, ranks: int = 0, timeout: float = 180, code
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()
+        kill(process)
         out, err = process.communicate(timeout=40)
         raise AssertionError(f"{command} did not end in {timeout} s:\n{out[-2000:]}\n{err[-4000:]}") from None
+    except BaseException:
+        kill(process)
+        raise
     assert code is None or process.returncode == code, f"exit code {process.returncode}:\n{out[-2000:]}\n{err[-4000:]}"
     return out + err
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid` and all processes below it; torchrun's workers have sessions of their own."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for parent in found:  # grows as it goes
+        found += children.get(parent, [])
+    return found
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL a process that `start` started and all below it, and wait until they are gone."""
+    pids = descendants(process.pid)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=20)
+    wait_until(lambda: not any(alive(pid) for pid in pids), timeout=20)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until(holds: Callable[[], bool], timeout: float, pause: float = 0.001) -> None:
+    end = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < end, f"still not so after {timeout} s"
+        time.sleep(pause)
+
+
+def call(command: str, *words: object, code: int = 0) -> str:
+    """`run` of one process, but in this one, which saves the seconds of a start."""
+    out, argv, ended = io.StringIO(), sys.argv, None
+    sys.argv = [command, *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            dist.command(importlib.import_module(command.removesuffix(".py")).main)
+    except SystemExit as error:
+        ended = error.code
+    finally:
+        sys.argv = argv
+    assert ended == code, f"exit code {ended}:\n{out.getvalue()[-4000:]}"
+    return out.getvalue()
+
+
+class Lab:
+    """Runs of `tiny_tree` on one dataset below one folder: lab.train("name", "key=value", ...)."""
+
+    def __init__(self, folder: Path, dataset: Path):
+        self.folder, self.dataset = folder, dataset
+
+    def config(self, name: str, relora: bool = True) -> Path:
+        return write_config(self.folder / f"{name}.yaml", tiny_tree(self.dataset, self.folder, name, relora))
+
+    def train(self, name: str, *words: object, relora: bool = True, ranks: int = 0, code: int = 0) -> str:
+        """Train the run `name` as its user would, in this process unless it takes several; what was printed."""
+        config = self.config(name, relora)
+        if ranks:
+            return run("train.py", config, *words, ranks=ranks, code=code)
+        return call("train.py", config, *words, code=code)
+
+    def train_in_turn(self, *runs: tuple[str, ...], ranks: int, script: str = IN_TURN) -> str:
+        """Train several runs (name, words ...) under one torchrun, which saves the seconds of its starts."""
+        path = self.folder / "in_turn.py"
+        path.write_text(script)
+        return run(path, json.dumps([[str(self.config(name)), *words] for name, *words in runs]), ranks=ranks)
+
+    def copy(self, name: str, new: str, step: int) -> None:
+        """The run `new` is `name` as it was when it had written the checkpoint of `step`."""
+        shutil.copytree(self.folder / name, self.folder / new)
+        for path in (self.folder / new / "checkpoints").glob("step_*"):
+            if int(path.name.removeprefix("step_")) > step:
+                shutil.rmtree(path)
+
+    def metrics(self, name: str, key: str = "train/loss") -> dict[int, float]:
+        return metrics(self.folder / name, key)
+
+    def state(self, name: str, step: int) -> dict:
+        """The training state of a step, read as plain torch would."""
+        return torch.load(self.folder / name / f"checkpoints/step_{step}/training_state/checkpoint.pt")
 
 
 def metrics(run_folder: Path, key: str = "train/loss") -> dict[int, float]:

@@ -1,0 +1,362 @@
+"""Datasets on the Hub, streamed: shards arrive ahead of the training and leave behind it, so the disk holds a window.
+
+Any dataset repository in the layout of pico-lm/pretokenized-dolma works: SPLIT-00000-of-00010.parquet … with a column
+input_ids. The revision is pinned at first contact. On each node one rank fetches in a thread, converts each file to a
+shard (data.py) and publishes it by renaming; the other ranks wait for the file, or for the fetcher's error.
+
+    CACHE/NAME/REVISION/SPLIT/shard-00005.npy     the window
+    CACHE/NAME/REVISION/SPLIT/window.json         {files, row_length, rows: {number: rows seen}}
+    CACHE/NAME/REVISION/SPLIT/error.txt           why the fetcher gave up
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import dist
+from checkpoint import write_text
+from config import Config, ConfigError, DatasetConfig
+from data import DataError, TokenDataset, sha256, token_dtype
+from parquet import Converted, convert_parquet
+
+WINDOW, ERROR = "window.json", "error.txt"
+POLL_SECONDS = 0.05
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries; doubled each time
+
+
+class Source(NamedTuple):
+    """The files of one split of a Hub dataset at one revision, in order."""
+    name: str
+    split: str
+    revision: str
+    files: list[str]
+
+
+# ---- the Hub -------------------------------------------------------------------------------------------------
+
+def tell(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def patiently(action: Callable[[], Any], what: str, minutes: float, stop: threading.Event | None = None) -> Any:
+    """The result of `action`; network trouble is tried again, with growing pauses, for `minutes`. Raises DataError.
+
+    What patience cannot mend (no such repository, no access) is raised at once.
+    """
+    from huggingface_hub import errors
+    final = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError,
+             errors.GatedRepoError, errors.OfflineModeIsEnabled, errors.HFValidationError)
+    deadline, pause = time.monotonic() + 60 * minutes, FIRST_PAUSE
+    while True:
+        try:
+            return action()
+        except final as error:
+            raise DataError(f"{what}: {_first_line(error)}") from None
+        except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
+            if time.monotonic() + pause > deadline:
+                raise DataError(f"{what}: gave up after {minutes:g} minutes ({_first_line(error)}); the run can be "
+                                f"resumed when the Hub is back, or wait longer with data.dataset.patience_minutes") from None
+            tell(f"{what}: {_first_line(error)}; trying again in {pause:.0f} s")
+        if stop is None:
+            time.sleep(pause)
+        elif stop.wait(pause):
+            raise DataError(f"{what}: stopped")
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def find(name: str, split: str, cfg: DatasetConfig, revision: str | None = None) -> Source:
+    """Resolve a Hub dataset, on rank 0, and tell the others. Raises ConfigError naming key and fix.
+
+    A known `revision` whose file list is cached, and HF_HUB_OFFLINE=1, make no calls.
+    """
+    found: Source | str = ""
+    if dist.rank() == 0:
+        try:
+            found = _find(name, split, cfg, revision or cfg.revision)
+        except DataError as error:
+            found = str(error)
+    found = dist.from_rank0(found)
+    if isinstance(found, str):
+        raise ConfigError(f"data.dataset.name: {name!r} is neither a local folder nor to be had from the Hub ({found})")
+    return found
+
+
+def _find(name: str, split: str, cfg: DatasetConfig, revision: str | None) -> Source:
+    from huggingface_hub import HfApi, constants
+    home = Path(cfg.cache_dir) / name.replace("/", "--")
+    known = sorted(home.glob(f"*/{split}/{WINDOW}"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(known):
+        if constants.HF_HUB_OFFLINE or path.parent.parent.name == revision:
+            return Source(name, split, path.parent.parent.name, json.loads(path.read_text())["files"])
+    if constants.HF_HUB_OFFLINE:
+        raise DataError(f"HF_HUB_OFFLINE is set, and {home} holds nothing of it")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise DataError("a dataset on the Hub is named owner/name; a local one is made by shards.py")
+    info = patiently(lambda: HfApi().dataset_info(name, revision=revision), f"contacting the Hub for {name}",
+                     min(cfg.patience_minutes, 1.0))
+    pattern = re.compile(rf"(?:.*/)?{re.escape(split)}-\d+-of-\d+\.parquet")
+    files = sorted(s.rfilename for s in info.siblings if pattern.fullmatch(s.rfilename))
+    if not files:
+        raise DataError(f"the repository has no files {split}-NNNNN-of-NNNNN.parquet")
+    return Source(name, split, info.sha, files)
+
+
+def fetch(source: Source, number: int, target: Path, vocab_size: int, minutes: float,
+          stop: threading.Event | None = None) -> Converted:
+    """Download file `number`, verify its checksum, and convert it to the shard `target`."""
+    from huggingface_hub import HfApi, hf_hub_download
+    file, staging = source.files[number], target.with_name(f".fetch-{number:05d}")
+    what = f"{source.name}: {file}"
+
+    def download() -> Path:
+        info = HfApi().get_paths_info(source.name, [file], revision=source.revision, repo_type="dataset")[0]
+        path = Path(hf_hub_download(source.name, file, repo_type="dataset", revision=source.revision, local_dir=staging))
+        if path.stat().st_size != info.size or (info.lfs is not None and sha256(path) != info.lfs.sha256):
+            shutil.rmtree(staging)
+            raise OSError(f"what arrived differs from the Hub's size or checksum of {file}")
+        return path
+
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        path = patiently(download, what, minutes, stop)
+        staged = staging / target.name
+        made = convert_parquet(path, staged, vocab_size)
+        os.replace(staged, target)
+        return made
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+# ---- the window ----------------------------------------------------------------------------------------------
+
+class Fetcher(threading.Thread):
+    """Keeps shards [base - keep, base + ahead] of a source on disk; `want` moves the window."""
+
+    def __init__(self, source: Source, folder: Path, cfg: DatasetConfig, vocab_size: int, base: int, last: int,
+                 rows: dict[int, int]):
+        super().__init__(daemon=True)
+        self.source, self.folder, self.cfg, self.vocab_size = source, folder, cfg, vocab_size
+        self.rows = rows  # of the shards seen so far
+        self.row_length: int | None = None
+        self._base, self._last = base, last
+        self._moved, self._stopping = threading.Event(), threading.Event()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ERROR).unlink(missing_ok=True)
+        self._read_window()
+        self._write_window()
+
+    def want(self, base: int, last: int) -> None:
+        """Training is at shard `base` now and needs all up to `last`."""
+        if (base, last) != (self._base, self._last):
+            self._base, self._last = base, last
+            self._moved.set()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._moved.set()
+        self.join(timeout=10)
+
+    def run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                number = self._next_missing()
+                if number is None:
+                    self._moved.wait(1.0)
+                    self._moved.clear()
+                else:
+                    self._publish(number)
+        except Exception as error:  # the ranks raise it when they miss the shard
+            if not self._stopping.is_set():
+                write_text(self.folder / ERROR, f"{error}\n")
+
+    def _next_missing(self) -> int | None:
+        count = len(self.source.files)
+        end = max(self._base + self.cfg.prefetch_shards, self._last)
+        window = [number % count for number in range(self._base, end + 1)]
+        if self.cfg.keep_shards is not None:
+            kept = {number % count for number in range(self._base - self.cfg.keep_shards, end + 1)}
+            for path in self.folder.glob("shard-*.npy"):
+                if int(path.stem[6:]) not in kept:
+                    path.unlink()
+        return next((n for n in window if not shard_path(self.folder, n).exists()), None)
+
+    def _publish(self, number: int) -> None:
+        target, first = shard_path(self.folder, number), next(iter(self.rows.values()), None)
+        staged = target.with_suffix(".new")
+        rows, row_length, _ = fetch(self.source, number, staged, self.vocab_size, self.cfg.patience_minutes, self._stopping)
+        what = f"{self.source.name}: {self.source.files[number]}"
+        if self.row_length not in (None, row_length):
+            raise DataError(f"{what} has rows of {row_length} ids, the shards before it of {self.row_length}")
+        short_last = number == len(self.source.files) - 1 and number not in self.rows
+        if rows != self.rows.get(number, first or rows) and not short_last:
+            raise DataError(f"{what} has {rows} rows where {self.rows.get(number, first)} were counted on: the order of the "
+                            f"data would shift unseen; use shards.py download for files of unequal length")
+        self.rows[number], self.row_length = rows, row_length
+        self._write_window()  # before the shard appears: who finds the shard finds its row count
+        os.replace(staged, target)
+
+    def _read_window(self) -> None:
+        path = self.folder / WINDOW
+        if path.exists():
+            window = json.loads(path.read_text())
+            self.row_length = window["row_length"]
+            self.rows |= {int(n): rows for n, rows in window["rows"].items()}
+
+    def _write_window(self) -> None:
+        window = {"source": self.source.name, "revision": self.source.revision, "files": self.source.files,
+                  "row_length": self.row_length, "rows": self.rows}
+        write_text(self.folder / WINDOW, json.dumps(window) + "\n")
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.npy"
+
+
+class StreamedDataset(TokenDataset):
+    """A Hub dataset as a TokenDataset. Row counts of shards not yet seen are taken to be the first one's.
+
+    `seen` is what a checkpoint recorded of them; `step` is where training goes on. Use `advance` as it does.
+    """
+
+    def __init__(self, source: Source, cfg: DatasetConfig, vocab_size: int, batch_size: int, step: int = 0,
+                 seen: dict[int, int] | None = None):
+        self.source, self.cfg, self.batch_size = source, cfg, batch_size
+        self.folder = Path(cfg.cache_dir) / source.name.replace("/", "--") / source.revision / source.split
+        self.vocab_size, self._maps = vocab_size, {}
+        self.seen = dict(seen or {})
+        self.fetcher: Fetcher | None = None
+        self.index = {"source": source.name, "revision": source.revision, "dtype": token_dtype(vocab_size).name,
+                      "shards": [{"file": shard_path(self.folder, n).name, "rows": 0} for n in range(len(source.files))]}
+        if self.seen:
+            self._set_starts()
+        base, last = self._window(step) if self.seen else (0, 0)
+        if dist.local_rank() == 0:
+            self.fetcher = Fetcher(source, self.folder, cfg, vocab_size, base, last, dict(self.seen))
+            self.fetcher.start()
+        dist.barrier()  # no rank may find an old error or window
+        self._await(base)
+        self._set_starts()
+        self.row_length = self.index["row_length"] = self._window_file()["row_length"]
+        self.advance(step)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.source.name}@{self.source.revision}"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {**super().state, "seen": self.seen}
+
+    def advance(self, step: int) -> None:
+        """Training is about to take batch `step`: shards behind it may go."""
+        if self.fetcher is not None:
+            self.fetcher.want(*self._window(step))
+
+    def close(self) -> None:
+        if self.fetcher is not None:
+            self.fetcher.stop()
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        last = len(self.source.files) - 1
+        if last not in self.seen and first + count > self.starts[-2]:  # the length of an epoch matters from here on
+            self._await(last)
+            self._set_starts()
+        return super().rows(first, count)
+
+    def shard(self, number: int) -> np.ndarray:
+        if number not in self._maps:
+            self._await(number)
+            self._maps = {n: m for n, m in self._maps.items() if n == number - 1}  # let go of files that left the window
+        return super().shard(number)
+
+    def _window(self, step: int) -> tuple[int, int]:
+        """(shard of the first row of batch `step`, shard of its last), the second counted on past the end."""
+        first, total = step * self.batch_size, int(self.starts[-1])
+        base = int(np.searchsorted(self.starts, first % total, side="right")) - 1
+        end = first % total + self.batch_size - 1
+        last = int(np.searchsorted(self.starts, end % total, side="right")) - 1 + end // total * len(self.source.files)
+        return base, last
+
+    def _set_starts(self) -> None:
+        """Lay the rows out by the counts seen; the first shard's stands for the others."""
+        self.seen |= {int(n): rows for n, rows in self._window_file().get("rows", {}).items()}
+        usual = self.seen.get(0) or next(iter(self.seen.values()))
+        for number, entry in enumerate(self.index["shards"]):
+            entry["rows"] = self.seen.get(number, usual)
+        self.starts = np.cumsum([0] + [entry["rows"] for entry in self.index["shards"]])
+
+    def _window_file(self) -> dict[str, Any]:
+        path = self.folder / WINDOW
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _await(self, number: int) -> None:
+        """Until shard `number` is there. Raises the fetcher's error if that comes first."""
+        begun = told = time.monotonic()
+        path = shard_path(self.folder, number)
+        while not path.exists():
+            error = self.folder / ERROR
+            if error.exists():
+                raise DataError(error.read_text().strip())
+            if time.monotonic() - told > 10 and dist.local_rank() == 0:
+                told = time.monotonic()
+                tell(f"waiting for shard {number} of {self.source.name}, {told - begun:.0f} s so far")
+            time.sleep(POLL_SECONDS)
+
+
+# ---- what a run opens ------------------------------------------------------------------------------------------
+
+def open_dataset(cfg: Config, step: int, saved: dict[str, Any] | None) -> TokenDataset:
+    """The training rows of `cfg`, from a local folder or the Hub; `saved` is a checkpoint's dataset.state.
+
+    Every rank must call it. Raises UserError where the rows do not fit the model or are not those of the checkpoint.
+    """
+    d, m = cfg.data.dataset, cfg.model
+    if Path(d.name).exists():
+        dataset = TokenDataset(d.name)
+    else:
+        source = find(d.name, "train", d, saved["revision"] if saved else None)
+        dataset = StreamedDataset(source, d, m.vocab_size, cfg.data.dataloader.batch_size, step,
+                                  saved["seen"] if saved else None)
+        fetch_tokenizer(cfg.data.tokenizer.name, dataset.folder.parent)
+    if dataset.row_length != m.max_seq_len + 1:
+        raise ConfigError(f"model.max_seq_len: {m.max_seq_len} needs rows of {m.max_seq_len + 1} tokens, but "
+                          f"{dataset.folder} has {dataset.row_length}; use model.max_seq_len={dataset.row_length - 1}")
+    if dataset.vocab_size > m.vocab_size:
+        raise ConfigError(f"model.vocab_size: {m.vocab_size} is below the {dataset.vocab_size} of {dataset.folder}; "
+                          f"use model.vocab_size={dataset.vocab_size}")
+    if saved and saved["fingerprint"] != dataset.fingerprint:
+        raise ConfigError(f"data.dataset.name: {d.name} holds other tokens than the checkpoint was trained on; put the "
+                          f"old ones back, or choose another checkpointing.run_name")
+    return dataset
+
+
+def fetch_tokenizer(name: str, folder: Path) -> None:
+    """Put the tokenizer.json of `name`, a folder or a model on the Hub, into `folder`, unless it is there."""
+    from huggingface_hub import hf_hub_download
+    target, problem = folder / "tokenizer.json", ""
+    if dist.local_rank() == 0 and not target.exists():
+        local = Path(name) / "tokenizer.json"
+        try:
+            found = local if local.exists() else patiently(lambda: hf_hub_download(name, "tokenizer.json"),
+                                                           f"fetching the tokenizer {name}", 1.0)
+            shutil.copy(found, target)
+        except DataError as error:
+            problem = str(error)
+    problem = next(filter(None, dist.gather(problem)), "")
+    if problem:
+        raise ConfigError(f"data.tokenizer.name: {name!r} cannot be had ({problem}); give a folder with a tokenizer.json")

@@ -1,0 +1,156 @@
+"""A small Hugging Face Hub on loopback: the endpoints that the real client calls, with faults on demand.
+
+Start it with `with Hub() as hub:` and point HF_ENDPOINT at hub.url. Faults are functions (request line -> action)
+in hub.faults; an action is None, a status such as 503, "truncate", "lie" (other bytes), or "drop" (close at once).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+Action = int | str | None
+
+
+class Hub:
+    """Repositories {"datasets/owner/name": {path: bytes}}, one revision each, and the requests that came."""
+
+    def __init__(self, latency: float = 0.0, port: int = 0):
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.latency = latency
+        self.faults: list[Callable[[str], Action]] = []
+        self.requests: list[str] = []
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def revision(self, repo: str) -> str:
+        content = sorted((path, hashlib.sha256(data).hexdigest()) for path, data in self.repos[repo].items())
+        return hashlib.sha1(repr((repo, content)).encode()).hexdigest()
+
+    def env(self, home: object) -> dict[str, str]:
+        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
+                "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def fetched(self, pattern: str) -> list[str]:
+        """The paths below resolve/ that were downloaded, in order, if `pattern` is in them."""
+        return [line.split("/resolve/")[1].split("/", 1)[1] for line in self.requests
+                if line.startswith("GET") and "/resolve/" in line and pattern in line]
+
+    def action(self, line: str) -> Action:
+        return next((a for a in (fault(line) for fault in self.faults) if a is not None), None)
+
+
+def once(match: str, action: Action, times: int = 1) -> Callable[[str], Action]:
+    """A fault for the first `times` requests that hold `match`."""
+    left = [times]
+
+    def fault(line: str) -> Action:
+        if match in line and left[0] > 0:
+            left[0] -= 1
+            return action
+        return None
+    return fault
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _json(self, value: object) -> None:
+        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _handle(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        line = f"{self.command} {self.path}"
+        self.hub.requests.append(line)
+        time.sleep(self.hub.latency)
+        action = self.hub.action(line)
+        if action == "drop":
+            self.close_connection = True
+            return self.connection.close()
+        if isinstance(action, int):
+            return self._answer(action, b"busy", {"Retry-After": "1"} if action in (429, 503) else {})
+        path = urllib.parse.unquote(self.path.split("?")[0])
+        if path.startswith("/api/"):
+            return self._api(path.removeprefix("/api/"), body)
+        repo, _, rest = path.removeprefix("/").partition("/resolve/")
+        repo = repo if repo.startswith("datasets/") else f"models/{repo}"
+        return self._file(repo, rest.partition("/")[2], action)
+
+    do_GET = do_HEAD = do_POST = _handle
+
+    def _missing(self, code: str) -> None:
+        self._answer(404, b"{}", {"X-Error-Code": code, "X-Error-Message": "not on this small hub"})
+
+    def _api(self, path: str, body: bytes) -> None:
+        kind, owner, name, *rest = path.split("/")
+        repo = f"{kind}/{owner}/{name}"
+        if repo not in self.hub.repos:
+            return self._missing("RepoNotFound")
+        files = self.hub.repos[repo]
+        if rest[:1] == ["paths-info"]:
+            asked = urllib.parse.parse_qs(body.decode()).get("paths", []) if body[:1] != b"{" else json.loads(body)["paths"]
+            return self._json([self._info(p, files[p]) for p in asked if p in files])
+        self._json({"id": f"{owner}/{name}", "sha": self.hub.revision(repo), "private": False, "tags": [],
+                    "downloads": 0, "likes": 0, "siblings": [{"rfilename": p} for p in sorted(files)]})
+
+    @staticmethod
+    def _info(path: str, data: bytes) -> dict:
+        digest = hashlib.sha256(data).hexdigest()
+        return {"type": "file", "path": path, "size": len(data), "oid": digest[:40],
+                "lfs": {"oid": digest, "size": len(data), "pointerSize": 100}}
+
+    def _file(self, repo: str, path: str, action: Action) -> None:
+        if repo not in self.hub.repos:
+            return self._missing("RepoNotFound")
+        if path not in self.hub.repos[repo]:
+            return self._missing("EntryNotFound")
+        data = self.hub.repos[repo][path]
+        digest = hashlib.sha256(data).hexdigest()
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": self.hub.revision(repo), "X-Linked-Size": str(len(data)),
+                   "X-Linked-Etag": f'"{digest}"', "Accept-Ranges": "bytes"}
+        start, status = 0, 200
+        if wanted := self.headers.get("Range"):
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+            status, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
+        body = data[start:]
+        if action == "lie":
+            body = bytes(reversed(body))
+        headers["Content-Length"] = str(len(body))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            if action == "truncate":
+                self.wfile.write(body[:len(body) // 2])
+                self.close_connection = True
+                return self.connection.close()
+            self.wfile.write(body)

@@ -1,0 +1,331 @@
+"""Whole runs, as a user starts them: the same run on any ranks, merges, warm starts, optimizers, refusals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import lab
+from config import load_config
+from data import TokenDataset
+from model import PicoDecoder
+
+QUICK = ("evaluation.metrics=null", "checkpointing.learning_dynamics=null")
+BARE = (*QUICK, "checkpointing.save_every_n_steps=1000")
+DDP, FSDP = (("training.strategy=ddp", lab.HALF), ("training.strategy=fsdp", lab.HALF))
+WARM = "model.relora.warm_start_steps=6"
+
+BROKEN_MERGE = """
+import dist, train
+from relora import ReLoRALinear
+update = ReLoRALinear.update
+ReLoRALinear.update = lambda layer: 0.5 * update(layer)  # what is merged is half of what forward adds
+dist.command(train.main)
+"""
+NAN_ON_RANK_1 = """
+import hashlib, json, math, os, sys
+import dist, train
+from config import load_config
+from model import PicoDecoder
+
+forward, calls = PicoDecoder.forward, 0
+
+def broken(model, ids, labels=None, **options):
+    global calls
+    calls += model.training
+    loss = forward(model, ids, labels, **options)
+    return loss * math.nan if model.training and calls == 13 and os.environ["RANK"] == "1" else loss  # in update 7
+
+PicoDecoder.forward = broken
+with dist.session("cpu") as device:
+    for path, *words in json.loads(sys.argv[1]):
+        calls = 0
+        t = train.setup(load_config(path, words), device)
+        train.loop(t)
+        weights = [dist.full(p.detach()) for p in t.model.parameters()]
+        assert all(w.isfinite().all() for w in weights), "weights are not finite"
+        digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()
+        assert len(set(dist.gather(digest))) == 1, "weights differ between the ranks"
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory, dataset):
+    return lab.Lab(tmp_path_factory.mktemp("here"), dataset)
+
+
+@pytest.fixture(scope="module")
+def warm(here):
+    here.train("warm", WARM)
+    return here
+
+
+@pytest.fixture(scope="module")
+def pair(worlds):
+    """More runs on two ranks beside those of `worlds`, under one torchrun."""
+    worlds.copy("single", "single-to-ddp", 10)
+    worlds.copy("ddp", "ddp-to-fsdp", 10)
+    worlds.train_in_turn(
+        ("single-to-ddp", *DDP, *BARE), ("ddp-to-fsdp", *FSDP, *BARE), ("ddp-bare", *DDP, *BARE),
+        ("fsdp-muon", *FSDP, *BARE, "training.optimization.optimizer=muon"), ("ddp-warm", *DDP, *BARE, WARM),
+        *(("ddp-warm-" + stop, *DDP, *QUICK, WARM, *words) for stop in ("5", "10")
+          for words in ([f"training.stop_at_step={stop}"], [])), ranks=2)
+    return worlds
+
+
+def close(found, expected, **tolerance):
+    assert list(found) == list(expected)
+    assert list(found.values()) == pytest.approx(list(expected.values()), **tolerance)
+
+
+def falls(losses, by=0.5):
+    assert sum(list(losses.values())[-3:]) / 3 < losses[1] - by
+
+
+# ---- the same run on any ranks -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one_does(worlds, strategy):
+    assert list(worlds.metrics(strategy)) == list(range(1, 21))
+    close(worlds.metrics(strategy), worlds.metrics("single"), abs=1e-4)
+    close(worlds.metrics(strategy, "trainer/grad_norm"), worlds.metrics("single", "trainer/grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["single-to-ddp", "ddp-to-fsdp"])
+def test_another_strategy_goes_on_from_a_checkpoint(pair, name):
+    close(pair.metrics(name), pair.metrics("single"), abs=1e-4)
+
+
+def test_one_process_goes_on_from_a_sharded_checkpoint(worlds):
+    worlds.copy("fsdp", "fsdp-to-single", 10)
+    assert "resumed at step 10" in worlds.train("fsdp-to-single")
+    close(worlds.metrics("fsdp-to-single"), worlds.metrics("single"), abs=1e-4)
+
+
+def test_a_micro_batch_size_is_the_accumulation_that_it_implies(worlds, here):
+    here.train("micro", "training.micro_batch_size=2", "training.optimization.gradient_accumulation_steps=1", *BARE)
+    assert here.metrics("micro") == worlds.metrics("single")
+
+
+def test_snapshots_evaluation_and_checkpoints_change_nothing(worlds, pair, here):
+    here.train("bare", *BARE)
+    for key in ("train/loss", "trainer/grad_norm"):
+        assert here.metrics("bare", key) == worlds.metrics("single", key)
+        assert pair.metrics("ddp-bare", key) == worlds.metrics("ddp", key)
+    assert [p.name for p in (here.folder / "bare/checkpoints").glob("step_*")] != [], "the first step is always saved"
+    assert not list((here.folder / "bare").rglob("learning_dynamics"))
+
+
+# ---- merges ---------------------------------------------------------------------------------------------------
+
+def test_merges_come_at_multiples_of_the_reset_frequency_and_are_recorded(worlds):
+    assert worlds.metrics("single", "relora/reset_count") == {5: 1, 10: 2, 15: 3}
+    close(worlds.metrics("single", "relora/loss_after"), worlds.metrics("single", "relora/loss_before"), abs=1e-4)
+    assert all(norm > 0.01 for norm in worlds.metrics("single", "relora/update_norm").values())
+    assert all(0.99 < share <= 1 for share in worlds.metrics("single", "relora/opt_zeroed").values())
+
+
+def test_a_known_fault_of_the_merge_is_only_reported(here):
+    printed = here.train("fault", "model.relora.reference_faults=[unscaled_merge]", *BARE)
+    assert "warning: step 5: the merge changed the logits" in printed
+    assert list(here.metrics("fault"))[-1] == 20
+    before, after = (here.metrics("fault", f"relora/loss_{when}") for when in ("before", "after"))
+    assert abs(after[5] - before[5]) > 1e-3
+
+
+def test_a_merge_that_changes_the_function_stops_the_run(here):
+    script = here.folder / "broken_merge.py"
+    script.write_text(BROKEN_MERGE)
+    printed = lab.run(script, here.config("broken"), code=1)
+    assert "error: step 5: the merge changed the logits" in printed and "Traceback" not in printed
+    end = json.loads((here.folder / "broken/exit.json").read_text())
+    assert (end["code"], end["step"]) == (1, 5) and "the merge changed the logits" in end["reason"]
+    checkpoint.verify(here.folder / "broken/checkpoints/step_5")
+
+
+@pytest.mark.parametrize("option", ["keep_original_weights=false", "lora_only=true"])
+def test_a_model_without_initial_weights_learns(here, option):
+    here.train(option, f"model.relora.{option}", *BARE)
+    falls(here.metrics(option), by=1.0)
+
+
+def test_a_trained_scaling_is_recorded_as_it_was_merged(here):
+    here.train("scaling", *QUICK, "model.relora.trainable_scaling=true")
+    state = here.state("scaling", 5)["model"]  # of just before the merge at 5
+    scalings = torch.cat([tensor for name, tensor in state.items() if name.endswith(".scaling")])
+    assert (scalings - 1).abs().max() > 1e-3, "they train"
+    assert here.metrics("scaling", "relora/sf_mean")[5] == pytest.approx(scalings.mean().item(), abs=1e-6)
+    assert here.metrics("scaling", "relora/sf_std")[5] == pytest.approx(scalings.std(correction=0).item(), abs=1e-6)
+
+
+# ---- warm starts ------------------------------------------------------------------------------------------------
+
+def test_a_warm_start_ends_in_fewer_trained_parameters_and_no_jump(warm, worlds):
+    log = (warm.folder / "warm/logs/train.log").read_text()
+    assert "22,688 parameters, 22,688 trainable" in log
+    assert "step 6: the warm start is over; 8,352 of 26,784 parameters train from here on" in log
+    losses = warm.metrics("warm")
+    assert losses[7] < losses[1] - 0.5 and abs(losses[7] - losses[6]) < 0.3
+    assert list(warm.metrics("warm", "relora/reset_count")) == [10, 15]
+    state = warm.state("warm", 5)["model"], warm.state("warm", 10)["model"]
+    assert [any(name.endswith("lora_A") for name in names) for names in state] == [False, True]
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_warm_start_resumes_before_and_after_its_end(warm, pair, step):
+    warm.copy("warm", f"warm-{step}", step)
+    warm.train(f"warm-{step}", WARM)
+    assert warm.metrics(f"warm-{step}") == warm.metrics("warm")
+    assert pair.metrics(f"ddp-warm-{step}") == pair.metrics("ddp-warm")
+    close(pair.metrics("ddp-warm"), warm.metrics("warm"), abs=1e-4)
+
+
+def test_a_run_starts_from_the_weights_of_another(worlds, here):
+    here.train("second", f"training.start_from={worlds.folder / 'single'}", "training.max_steps=3")
+    assert here.metrics("second", "eval/val_loss")[0] == pytest.approx(
+        worlds.metrics("single", "eval/val_loss")[20], abs=1e-5)
+    assert here.metrics("second")[1] < worlds.metrics("single")[1] - 1
+
+
+# ---- optimizers -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e-2), ("adam", 1e-2), ("sgd", 0.1), ("muon", 1e-2)])
+def test_every_optimizer_learns_across_merges(here, optimizer, lr):
+    here.train(optimizer, f"training.optimization.optimizer={optimizer}", f"training.optimization.lr={lr}", *BARE)
+    falls(here.metrics(optimizer))
+    assert list(here.metrics(optimizer, "relora/reset_count")) == [5, 10, 15]
+
+
+def test_muon_learns_on_sharded_parameters(pair, here):
+    falls(pair.metrics("fsdp-muon"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_gradients_are_clipped_as_torch_clips_them(here, optimizer):
+    name = f"clip-{optimizer}"
+    here.train(name, "training.grad_clip=0.05", f"training.optimization.optimizer={optimizer}", "training.max_steps=3",
+               "training.optimization.lr_warmup_steps=0", "training.optimization.lr_scheduler=constant_with_warmup",
+               relora=False)
+    cfg = load_config(here.folder / name / "training_config.yaml")
+    found = here.state(name, 3)["model"]
+
+    def oracle(largest):
+        torch.manual_seed(cfg.training.seed)
+        model, data = PicoDecoder(cfg.model), TokenDataset(here.dataset)
+        o = {"lr": cfg.training.optimization.lr, "weight_decay": 0.01}
+        update = (torch.optim.AdamW(model.parameters(), **o) if optimizer == "adamw" else
+                  torch.optim.SGD(model.parameters(), momentum=0.95, **o))
+        for step in range(3):
+            rows = torch.from_numpy(data.batch(step, 8).astype("int64"))
+            F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+            update.step()
+            update.zero_grad()
+        return max((found[name] - tensor).abs().max().item() for name, tensor in model.state_dict().items())
+
+    assert oracle(0.05) < 1e-5 < 1e-4 < oracle(1e9)
+
+
+# ---- losses that are not finite -----------------------------------------------------------------------------------
+
+def test_all_ranks_skip_what_is_not_finite_on_one(here):
+    names = {"nan-ddp": DDP, "nan-fsdp": FSDP}
+    here.train_in_turn(*((name, *words, *BARE) for name, words in names.items()), ranks=2, script=NAN_ON_RANK_1)
+    for name in names:
+        losses = here.metrics(name)
+        assert [step for step, loss in losses.items() if loss is None] == [7]
+        assert set(list(here.metrics(name, "trainer/inf_or_nan_count").values())[6:]) == {1}
+        falls(losses)
+
+
+def test_a_run_whose_every_loss_is_not_finite_stops_and_says_why(here):
+    printed = here.train("hopeless", "training.max_nonfinite_steps=3", "training.optimization.optimizer=sgd",
+                         "training.optimization.lr=1e40", relora=False, code=1)
+    assert "error: step 5: 3 updates in a row were skipped" in printed and "Traceback" not in printed
+    end = json.loads((here.folder / "hopeless/exit.json").read_text())
+    assert (end["code"], end["step"]) == (1, 5) and "not finite" in end["reason"]
+    assert here.metrics("hopeless", "trainer/inf_or_nan_count") == {1: 0, 2: 0, 3: 1, 4: 2}
+
+
+# ---- the schedule, the record and compiled blocks ---------------------------------------------------------------------
+
+def test_a_run_that_stops_early_continues_the_same_schedule(worlds, here):
+    assert "resumed" not in here.train("stops", "training.stop_at_step=7")
+    assert list(here.metrics("stops")) == list(range(1, 8))
+    assert "resumed at step 7" in here.train("stops", "training.stop_at_step=13")
+    assert here.metrics("stops") == {s: loss for s, loss in worlds.metrics("single").items() if s <= 13}
+
+
+def test_the_record_holds_what_is_promised(worlds):
+    lines = [json.loads(line) for line in (worlds.folder / "single/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    assert {"step", "train/loss", "train/perplexity", "trainer/learning_rate", "trainer/grad_norm", "tokens",
+            "trainer/inf_or_nan_count", "tokens_per_second"} <= set.intersection(*map(set, steps))
+    assert [line["tokens"] for line in steps] == [step * 8 * 16 for step in range(1, 21)]
+    assert [line["step"] for line in lines if "eval/val_loss" in line] == [0, 5, 10, 15, 20]
+    assert all(torch.tensor(line["train/loss"]).exp().item() == pytest.approx(line["train/perplexity"]) for line in steps)
+    assert json.loads((worlds.folder / "single/exit.json").read_text()) == {"code": 0, "reason": "finished", "step": 20}
+
+
+def test_a_logged_loss_is_the_mean_over_the_steps_since_the_last(worlds, here):
+    here.train("rarely", "monitoring.logging.log_every_n_steps=5", *BARE)
+    each = worlds.metrics("single")
+    close(here.metrics("rarely"), {s: sum(each[i] for i in range(s - 4, s + 1)) / 5 for s in (5, 10, 15, 20)}, abs=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_new_epoch_is_told(worlds, here, every):
+    printed = here.train(f"epoch-{every}", f"monitoring.logging.log_every_n_steps={every}", *BARE)
+    assert printed.count("epoch 2 of the data has begun") == 1  # 96 rows, 8 an update: after 12 updates
+
+
+def test_compiled_blocks_train_as_the_plain_ones_do(here):
+    words = ("model.n_layers=1", "training.max_steps=6", "model.relora.lora_dropout=0", "training.micro_batch_size=4")
+    here.train("plain", *words, *BARE)
+    lab.run("train.py", here.config("compiled"), *words, "training.compile=true", "evaluation.metrics=null",
+            "checkpointing.save_every_n_steps=1000")  # with the snapshots of the first step and the last
+    close(here.metrics("compiled"), here.metrics("plain"), abs=1e-4)
+
+
+# ---- what a run refuses, and what it survives ---------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def done(here):
+    here.train("done", "training.max_steps=2", *BARE)
+    return here
+
+
+@pytest.mark.parametrize("change", ["training.optimization.lr=0.02", "model.d_model=64", "training.seed=7",
+                                    "data.dataloader.batch_size=16", "model.relora.r=2"])
+def test_another_run_is_not_resumed_into(done, change):
+    printed = done.train("done", "training.max_steps=2", *BARE, change, code=2)
+    assert change.split("=")[0] in printed and "checkpointing.run_name" in printed and "Traceback" not in printed
+    assert (done.folder / "done/checkpoints/step_2/manifest.json").is_file()
+
+
+def test_other_tokens_are_not_resumed_into(done, tmp_path):
+    other = lab.make_dataset(tmp_path / "other", seed=1)
+    printed = done.train("done", "training.max_steps=2", *BARE, f"data.dataset.name={other}", code=2)
+    assert "data.dataset.name" in printed and "checkpointing.run_name" in printed
+
+
+def test_another_horizon_only_warns(done):
+    shutil.copytree(done.folder / "done", done.folder / "longer")
+    assert "warning: training.max_steps: 2 -> 4" in done.train("longer", "training.max_steps=4", *BARE)
+    assert list(done.metrics("longer")) == [1, 2, 3, 4]
+
+
+def test_without_auto_resume_no_run_is_overwritten(done):
+    before = (done.folder / "done/metrics.jsonl").read_bytes()
+    printed = done.train("done", "checkpointing.training.auto_resume=false", code=2)
+    assert "checkpointing.training.auto_resume" in printed
+    assert (done.folder / "done/metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_finishes_without_wandb(here):
+    printed = here.train("wandb", "monitoring.save_to_wandb=true", "training.max_steps=2", *BARE)
+    assert "warning: monitoring.save_to_wandb" in printed
+    assert list(here.metrics("wandb")) == [1, 2]
