@@ -67,7 +67,7 @@ def case_config(case: Case) -> Config:
 def our_step(case: Case, cfg: Config, device: torch.device, rows: torch.Tensor) -> tuple[Callable[[], None], float]:
     """(one update of ours, FLOPs a token)."""
     precision = "bf16-mixed" if device.type == "cuda" else "32-true"
-    t = train.Trainer(cfg, device, precision, None, None, None, None, Progress(device))
+    t = train.Trainer(cfg, device, precision, None, None, None, None, None, Progress(device))
     train.build(t, adapters=case.mode.startswith("r"))
 
     def step() -> None:

@@ -61,8 +61,8 @@ def gather_state(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) 
     return state
 
 
-def load_model_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy `state` into an unwrapped model. Raises CheckpointError listing names or shapes that do not fit."""
+def load_model_state(model: nn.Module, state: dict[str, Tensor], source: str | Path, copy: bool = True) -> None:
+    """Copy `state` into an unwrapped model, or only compare. Raises CheckpointError listing names or shapes amiss."""
     own = model.state_dict()
     problems = [f"{name} is missing" for name in own.keys() - state.keys()]
     problems += [f"{name} is unexpected" for name in state.keys() - own.keys()]
@@ -71,7 +71,8 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], source: str | P
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{source}: does not fit the model: {'; '.join(sorted(problems)[:8])}{more}")
-    model.load_state_dict(state)
+    if copy:
+        model.load_state_dict(state)
 
 
 def load_optimizer_state(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer],
@@ -126,6 +127,7 @@ def publish(folder: Path, files: dict[str, Writer]) -> None:
     """Write `files` (relative path -> writer) as the checkpoint `folder`, which appears only when complete."""
     staged = folder.with_name(f"{STAGING}{folder.name}")
     shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
     entries = {}
     for name, write in files.items():
         path = staged / name
@@ -140,7 +142,6 @@ def publish(folder: Path, files: dict[str, Writer]) -> None:
         set_aside(folder)
     os.rename(staged, folder)
     fsync(folder.parent)
-    write_text(folder.parent / "latest", f"{folder.name}\n")
 
 
 def set_aside(folder: Path) -> Path:
@@ -156,8 +157,8 @@ def set_aside(folder: Path) -> Path:
 class Saver:
     """Publishes checkpoints in a thread, one in flight, so that training goes on meanwhile."""
 
-    def __init__(self, cfg: CheckpointingConfig, run: Path):
-        self.cfg, self.folder = cfg, run / cfg.checkpoints_dir
+    def __init__(self, cfg: CheckpointingConfig, run: Path, published: Callable[[], None] = lambda: None):
+        self.cfg, self.folder, self.published = cfg, run / cfg.checkpoints_dir, published
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -171,7 +172,9 @@ class Saver:
     def _work(self, folder: Path, files: dict[str, Writer]) -> None:
         try:
             publish(folder, files)
+            write_text(self.folder / "latest", f"{folder.name}\n")
             prune_training_states(self.folder, self.cfg)
+            self.published()
         except BaseException as error:  # raised again in the training thread
             self._error = error
 

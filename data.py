@@ -1,7 +1,7 @@
 """Token shards as memory maps, and batches as a pure function of the step.
 
 A dataset folder holds one folder a split (`train`, `val`), each with `index.json` and `shard-00000.npy` …:
-uint16 arrays (uint32 above 65,535 ids) of shape (rows, row_length). shards.py makes them. Batch s is rows
+uint16 arrays (uint32 where ids go above 65,535) of shape (rows, row_length). shards.py makes them. Batch s is rows
 [s G, (s+1) G) for global batch size G, whatever the number of ranks; past the last row a new epoch begins.
 
     train = TokenDataset("data/stdlib", "train")
@@ -25,6 +25,7 @@ from torch import Tensor
 from config import UserError
 
 INDEX = "index.json"
+END_OF_TEXT = "<|endoftext|>"
 
 
 class DataError(UserError):
@@ -57,8 +58,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     try:
-        sound = (index["row_length"] >= 2 and index["dtype"] in ("uint16", "uint32") and index["vocab_size"] >= 1
-                 and all(shard["rows"] >= 1 and shard["file"] == Path(shard["file"]).name and shard["sha256"]
+        numbers = [index["row_length"], index["vocab_size"], *(shard["rows"] for shard in index["shards"])]
+        sound = (all(type(n) is int and n >= 1 for n in numbers) and index["row_length"] >= 2
+                 and index["dtype"] in ("uint16", "uint32")
+                 and all(shard["file"] == Path(shard["file"]).name and shard["sha256"]
                          for shard in index["shards"]))
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: not an index of token shards ({type(error).__name__}: {error})") from None
@@ -96,7 +99,7 @@ class TokenDataset:
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data, so that a resume finds the same rows."""
-        return {"fingerprint": self.fingerprint, "revision": self.index["revision"]}
+        return {"fingerprint": self.fingerprint, "revision": self.index.get("revision")}
 
     def shard(self, number: int) -> np.ndarray:
         """The memory map of a shard, (rows, row_length), opened on first use."""
@@ -107,9 +110,10 @@ class TokenDataset:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise DataError(f"{path}: cannot be opened ({error}); make or fetch it again") from None
-            want = ((entry["rows"], self.row_length), self.index["dtype"])
-            if (array.shape, array.dtype.name) != want:
-                raise DataError(f"{path}: holds {array.shape} {array.dtype}, but {INDEX} says {want[0]} {want[1]}")
+            want = ((entry["rows"], self.row_length), np.dtype(self.index["dtype"]))
+            if not isinstance(array, np.ndarray) or (array.shape, array.dtype) != want:
+                found = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else "several arrays"
+                raise DataError(f"{path}: holds {found}, but {INDEX} says {want[0]} {want[1]}")
             self._maps[number] = array
         return self._maps[number]
 
@@ -219,6 +223,9 @@ class ByteTokenizer:
     """UTF-8 bytes as ids 0-255, and 256 for the end of a text: the tokenizer of a folder without one."""
     vocab_size, eos, pad = 257, 256, 256
 
+    def text_of(self, token: int | None) -> str | None:
+        return END_OF_TEXT if token == self.eos else None
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
@@ -236,8 +243,12 @@ class JsonTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path}: not a tokenizer.json ({error})") from None
         self.vocab_size: int = self.inner.get_vocab_size()
-        self.eos = self._first("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+        self.eos = self._first(END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
         self.pad = self._first("<|padding|>", "<pad>", "<|pad|>", "[PAD]")
+
+    def text_of(self, token: int | None) -> str | None:
+        """The special token of an id."""
+        return None if token is None else self.inner.id_to_token(token)
 
     def _first(self, *contents: str) -> int | None:
         return next((i for i in map(self.inner.token_to_id, contents) if i is not None), None)

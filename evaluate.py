@@ -1,45 +1,75 @@
-"""Evaluation: loss on held-out rows (val) and Paloma perplexity."""
+"""Evaluation: loss on held-out rows (val), Paloma perplexity, BLiMP minimal pairs; in training, and as a command.
+
+    python evaluate.py runs/demo                                     # as the run's own config says, on its newest step
+    python evaluate.py runs/demo/checkpoints/step_150 evaluation.metrics=[val]
+    python evaluate.py LLAMA_FOLDER evaluation.metrics=[paloma,blimp] evaluation.blimp.dataset_name=BLiMP.zip
+    torchrun --standalone --nproc_per_node=2 evaluate.py runs/demo   # the same numbers from any number of ranks
+
+Paloma (arXiv 2312.10523) and BLiMP (1912.00582) are measured in float32, whatever the training's precision.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
+import blimp
 import dist
-from config import Config, ConfigError, UserError
-from data import TokenDataset, to_device
-from run import RunFolder
+from checkpoint import write_text
+from config import Config, ConfigError, UserError, config_from_dict, load_config
+from data import INDEX, TokenDataset, Tokenizer, load_tokenizer, read_index, to_device
+from export import load_decoder, resolve
+from model import IGNORE
+from run import finite
 from shards import local_or_hub
+
+T = TypeVar("T")
+
+
+def spread(count: int, work: Callable[[int], T], what: str) -> list[T]:
+    """[work(0), ..., work(count - 1)] on every rank; the numbers are dealt to the ranks in turn.
+
+    What each call computes does not depend on the number of ranks. Under FSDP2 all ranks must run forward equally
+    often, so a rank without a number left repeats the first and drops the result.
+    """
+    world, mine = dist.world_size(), {}
+    for turn in tqdm(range(-(-count // world)), desc=what, disable=None if dist.rank() == 0 else True, leave=False):
+        number = turn * world + dist.rank()
+        result = work(number if number < count else 0)
+        if number < count:
+            mine[number] = result
+    merged = {number: result for part in dist.gather(mine) for number, result in part.items()}
+    return [merged[number] for number in range(count)]
 
 
 @torch.no_grad()
-def row_losses(model: nn.Module, rows: np.ndarray, batch_size: int, device: torch.device) -> np.ndarray:
-    """Summed token loss in nats of each row (rows, tokens), in order, float64, on every rank.
-
-    Batches are dealt to the ranks in turn, and are the same for any number of ranks. Under FSDP2 all ranks must run
-    forward equally often, so a rank without a batch repeats the first one and drops the result.
-    """
-    starts = range(0, len(rows), batch_size)
+def losses_of(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Summed loss in nats of each row's labels: (B, T) int64 -> (B,) float64; eval mode, float32."""
     was_training = model.training
     model.eval()
-    mine = {}
     try:
-        for turn in range(-(-len(starts) // dist.world_size())):
-            number = turn * dist.world_size() + dist.rank()
-            start = starts[number] if number < len(starts) else 0
-            ids = to_device(rows[start:start + batch_size], device)
-            with torch.autocast(device.type, enabled=False):
-                losses = model(ids[:, :-1], ids[:, 1:], reduction="none")
-            if number < len(starts):
-                mine[number] = losses.double().sum(1).cpu().numpy() if device.type != "mps" else \
-                    losses.cpu().double().sum(1).numpy()
+        with torch.autocast(inputs.device.type, enabled=False):
+            return model(inputs, labels, reduction="none").cpu().double().sum(1).numpy()
     finally:
         model.train(was_training)
-    parts = {number: part for ranks in dist.gather(mine) for number, part in ranks.items()}
-    return np.concatenate([parts[number] for number in range(len(starts))])
+
+
+def row_losses(model: nn.Module, rows: np.ndarray, batch_size: int, device: torch.device, what: str = "rows") -> np.ndarray:
+    """Summed token loss in nats of each row (rows, tokens), in order, float64, on every rank."""
+    def batch(number: int) -> np.ndarray:
+        ids = to_device(rows[number * batch_size:(number + 1) * batch_size], device)
+        return losses_of(model, ids[:, :-1], ids[:, 1:])
+    return np.concatenate(spread(-(-len(rows) // batch_size), batch, what))
 
 
 def perplexity(loss: float | None) -> float | None:
@@ -56,6 +86,41 @@ def rows_metrics(losses: np.ndarray, tokens: int) -> dict[str, float]:
     return {"loss": loss, "perplexity": perplexity(loss), "mean_row_perplexity": float(np.mean(by_row))}
 
 
+def by_source(losses: np.ndarray, tokens: int, sources: list[str]) -> dict[str, dict[str, float]]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for loss, source in zip(losses, sources):
+        groups[source].append(loss)
+    return {source: rows_metrics(np.array(group), tokens) for source, group in sorted(groups.items())}
+
+
+def evaluate_blimp(model: nn.Module, pairs: list[blimp.Pair], tokenizer: Tokenizer, start: int | None, batch_size: int,
+                   device: torch.device) -> dict[str, Any]:
+    """Accuracy of full-sentence log-probabilities on minimal pairs; ties count as wrong.
+
+    With `start`, a token id, before every sentence its first token is scored too; without, the first token has no
+    probability and only conditions the others. Sentences of like length share a batch of 2 batch_size.
+    """
+    sentences = [([] if start is None else [start]) + tokenizer.encode(text) for p in pairs for text in (p.good, p.bad)]
+    longest = model.cfg.max_seq_len + 1
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    batches = [order[i:i + 2 * batch_size] for i in range(0, len(order), 2 * batch_size)]
+
+    def batch(number: int) -> np.ndarray:
+        chosen = [sentences[i][:longest] for i in batches[number]]
+        width = max(2, max(map(len, chosen)))
+        inputs, labels = np.zeros((len(chosen), width), np.int64), np.full((len(chosen), width), IGNORE, np.int64)
+        for row, ids in enumerate(chosen):  # padding comes after: what is causal does not see it
+            inputs[row, :len(ids)] = labels[row, :len(ids)] = ids
+        ids, targets = to_device(inputs, device), to_device(labels, device)
+        return losses_of(model, ids[:, :-1], targets[:, 1:])
+
+    losses = np.empty(len(sentences))
+    losses[np.concatenate(batches)] = np.concatenate(spread(len(batches), batch, "BLiMP"))
+    return {"start_token": start, "pairs": len(pairs), **blimp.accuracies(pairs, losses[0::2] < losses[1::2])}
+
+
+# ---- what a config asks for --------------------------------------------------------------------------------------
+
 def open_rows(name: str, split: str, key: str, cfg: Config) -> TokenDataset:
     """The evaluation rows that the option `key` names, a folder or a Hub dataset. Raises ConfigError naming key and fix."""
     try:
@@ -65,42 +130,99 @@ def open_rows(name: str, split: str, key: str, cfg: Config) -> TokenDataset:
 
 
 class Evaluation:
-    """The evaluations that a run's config asks for; opens their data at once, so that errors come at the start."""
+    """The evaluations that a config asks for; opens their data at once, so that errors come at the start.
 
-    def __init__(self, cfg: Config, dataset: TokenDataset, device: torch.device):
-        self.cfg, self.device = cfg, device
+    `dataset` is the folder of the training data, for its val split, entropy and tokenizer. Rows longer than the model
+    reads are cut.
+    """
+
+    def __init__(self, cfg: Config, dataset: Path, device: torch.device):
+        self.cfg, self.device, self.tokenizer = cfg, device, load_tokenizer(dataset)
         e, dynamics, metrics = cfg.evaluation, cfg.checkpointing.learning_dynamics, cfg.evaluation.metrics or []
+        longest = cfg.model.max_seq_len + 1
         self.rows: dict[str, np.ndarray] = {}
-        self.entropy = dataset.index.get("entropy")
         if "val" in metrics:
-            val = open_rows(str(dataset.folder.parent), "val", "evaluation.metrics", cfg)
-            self.rows["val"] = val.rows(0, min(len(val), e.val.max_rows or len(val)))
+            val = open_rows(str(dataset), "val", "evaluation.metrics", cfg)
+            self.rows["val"] = val.rows(0, min(len(val), e.val.max_rows or len(val)))[:, :longest]
         if "paloma" in metrics:
-            paloma = open_rows(e.paloma.dataset_name, e.paloma.dataset_split, "evaluation.paloma.dataset_name",
-                               cfg)
-            self.rows["paloma"] = paloma.rows(0, len(paloma))[:, :e.paloma.max_length]
+            paloma = open_rows(e.paloma.dataset_name, e.paloma.dataset_split, "evaluation.paloma.dataset_name", cfg)
+            self.rows["paloma"] = paloma.rows(0, len(paloma))[:, :min(e.paloma.max_length, longest)]
+            self.sources = [s for shard in paloma.index["shards"] for s in shard.get("sources", [])]
+        self.pairs = blimp.load_pairs(e.blimp) if "blimp" in metrics else []
+        index = dataset / "train" / INDEX
+        self.entropy = read_index(index.parent).get("entropy") if index.exists() else None
         self.snapshot_rows: np.ndarray | None = None
         if dynamics is not None and dynamics.eval_data is not None:
-            name = str(dataset.folder.parent) if dynamics.eval_data == "val" else dynamics.eval_data
+            name = str(dataset) if dynamics.eval_data == "val" else dynamics.eval_data
             source = open_rows(name, "val", "checkpointing.learning_dynamics.eval_data", cfg)
-            self.snapshot_rows = source.rows(0, min(len(source), dynamics.max_rows or len(source)))
-        for name, rows in {**self.rows, "eval_data": self.snapshot_rows}.items():
-            if rows is not None and rows.shape[1] - 1 > cfg.model.max_seq_len:
-                raise ConfigError(f"model.max_seq_len: {cfg.model.max_seq_len} is too short for the {rows.shape[1]} tokens "
-                                  f"of a row of {name}; evaluate on shorter rows")
+            self.snapshot_rows = source.rows(0, min(len(source), dynamics.max_rows or len(source)))[:, :longest]
 
-    def run(self, model: nn.Module, step: int, folder: RunFolder) -> dict[str, float]:
-        """Evaluate; writes eval_results/step_N.json and returns {"eval/NAME_METRIC": value}. For every rank to call."""
-        batch_sizes = {"val": self.cfg.evaluation.val.batch_size, "paloma": self.cfg.evaluation.paloma.batch_size}
-        results = {}
+    def run(self, model: nn.Module, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+        """{metric: results}. Every rank must call it."""
+        e, results = self.cfg.evaluation, {}
         for name, rows in self.rows.items():
-            losses = row_losses(model, rows, batch_sizes[name], self.device)
-            results[name] = rows_metrics(losses, rows.shape[1] - 1)
+            size = e.val.batch_size if name == "val" else e.paloma.batch_size
+            losses = row_losses(model, rows, size, self.device, name)
+            results[name] = {"rows": len(rows), "tokens": rows[:, 1:].size} | rows_metrics(losses, rows.shape[1] - 1)
             beside = ""
             if name == "val" and self.entropy:
                 beside = (f" (the corpus's entropy: unigram {self.entropy['unigram']:.2f}, "
                           f"bigram {self.entropy['bigram']:.2f})")
-            folder.say(f"step {step}: {name} loss {results[name]['loss']:.4f} nats a token{beside}")
-        if results:
-            folder.save_evaluation(step, results)
-        return {f"eval/{name}_{metric}": value for name, result in results.items() for metric, value in result.items()}
+            if name == "paloma":
+                beside = f", perplexity {results[name]['perplexity']:.2f}, Pico score {results[name]['mean_row_perplexity']:.2f}"
+                results[name]["by_source"] = by_source(losses, rows.shape[1] - 1, self.sources) if self.sources else None
+            say(f"{name} loss {results[name]['loss']:.4f} nats a token{beside}")
+        if self.pairs:
+            start = self.tokenizer.eos if e.blimp.start_token == "eos" else None
+            results["blimp"] = evaluate_blimp(model, self.pairs, self.tokenizer, start, e.blimp.batch_size, self.device)
+            say(f"BLiMP accuracy {results['blimp']['accuracy']:.2%} on {len(self.pairs):,} pairs, start token {start}")
+        return results
+
+
+def flat_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """{"eval/NAME_METRIC": number} for metrics.jsonl; the details stay in eval_results."""
+    wanted = ("loss", "perplexity", "mean_row_perplexity", "accuracy")
+    return {f"eval/{name}_{key}": found[key] for name, found in results.items() for key in wanted if key in found}
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+def config_for(folder: Path, overrides: list[str]) -> Config:
+    """The config of the run that a step folder belongs to, or the defaults."""
+    for parent in list(folder.resolve().parents)[:2]:
+        if (parent / "training_config.yaml").is_file():
+            return load_config(parent / "training_config.yaml", overrides)
+    return config_from_dict({}, overrides)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a run (its newest step), a step folder, or a Llama folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options, as for train.py")
+    parser.add_argument("--out", type=Path, help="JSON file (default: eval_results/ of the run; none for other folders)")
+    args = parser.parse_args()
+    folder = resolve(args.model)
+    cfg = config_for(folder, ["checkpointing.learning_dynamics=null", *args.overrides])
+    with dist.session("auto") as device:
+        model = load_decoder(folder).to(device)
+        cfg.model = model.cfg
+        dataset = Path(cfg.data.dataset.name) if Path(cfg.data.dataset.name).exists() else folder
+        evaluation = Evaluation(cfg, dataset, device)
+        evaluation.tokenizer = load_tokenizer(folder)
+        results = evaluation.run(model, lambda words: dist.print0(words))
+    if not results:
+        raise ConfigError("evaluation.metrics: is empty; give one or more of val, paloma, blimp")
+    out = args.out or default_out(folder)
+    if dist.rank() == 0 and out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+        print(f"written to {out}")
+
+
+def default_out(folder: Path) -> Path | None:
+    run = folder.resolve().parent.parent
+    return run / "eval_results" / f"{folder.name}.json" if (run / "training_config.yaml").is_file() else None
+
+
+if __name__ == "__main__":
+    dist.command(main)

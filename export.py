@@ -1,4 +1,8 @@
-"""Plain Hugging Face Llama folders from our weights, with adapters merged and no remote code.
+"""Hugging Face folders: our weights as a plain Llama, adapters merged, no remote code; and published weights as ours.
+
+    python export.py hf runs/demo OUT --dtype bfloat16      # a run's newest step for transformers, vLLM, llama.cpp
+    python export.py import pico-lm/pico-decoder-tiny OUT   # a published Pico model, or a Llama folder, to use here
+    python export.py upload runs/demo                       # what a run has not yet uploaded
 
 LlamaForCausalLM is the same architecture with rotary positions over half-split instead of interleaved pairs, so the
 rows of q_proj and k_proj are permuted head by head; everything else is a change of names.
@@ -6,16 +10,22 @@ rows of q_proj and k_proj are permuted head by head; everything else is a change
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+import pickle
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoint import CheckpointError, Writer, load_model_state, step_folders
-from config import Config, ModelConfig
-from data import load_tokenizer
+import dist
+import upload
+from checkpoint import CheckpointError, Writer, load_model_state, publish, step_folders
+from config import ConfigError, ModelConfig, ReLoRAConfig, config_from_dict
+from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
 from model import PicoDecoder
 from relora import merged_state
 
@@ -53,7 +63,7 @@ def llama_state(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]
     return result
 
 
-def llama_config(cfg: ModelConfig, eos: int | None, pad: int | None) -> dict:
+def llama_config(cfg: ModelConfig, eos: int | None, pad: int | None, dtype: torch.dtype) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": cfg.d_model, "intermediate_size": cfg.activation_hidden_dim,
@@ -62,32 +72,49 @@ def llama_config(cfg: ModelConfig, eos: int | None, pad: int | None) -> dict:
         "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.position_emb_theta,
         "max_position_embeddings": cfg.max_seq_len, "vocab_size": cfg.vocab_size, "tie_word_embeddings": False,
         "attention_bias": False, "mlp_bias": False, "bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad,
-        "torch_dtype": "float32",
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
-def write_config(path: Path, cfg: ModelConfig, eos: int | None, pad: int | None) -> None:
-    path.write_text(json.dumps(llama_config(cfg, eos, pad), indent=2) + "\n", encoding="utf-8")
+def byte_tokenizer_json() -> dict:
+    """ByteTokenizer as a tokenizer.json: a BPE without merges over GPT-2's printable names of the 256 bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    end = {"id": ByteTokenizer.eos, "content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False,
+           "normalized": False, "special": True}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
+            "pre_tokenizer": level, "post_processor": None, "decoder": level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                      "vocab": vocab | {END_OF_TEXT: ByteTokenizer.eos}, "merges": []}}
 
 
-def write_weights(path: Path, state: dict[str, Tensor], cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
-    """Write a plain decoder's state dict as model.safetensors."""
-    from safetensors.torch import save_file
-    save_file({name: t.to(dtype).contiguous() for name, t in llama_state(state, cfg).items()}, path,
-              metadata={"format": "pt"})
+def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
+            dtype: torch.dtype = torch.float32) -> dict[str, Writer]:
+    """The files of a plain Llama folder, {name: writer}, from a plain decoder's state dict."""
+    tokenizer, known = load_tokenizer(tokenizer_folder), (tokenizer_folder / "tokenizer.json")
+    eos, pad = tokenizer.eos, tokenizer.pad
 
+    def as_json(value: dict) -> Writer:
+        return lambda path: path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
-def writers(state: dict[str, Tensor], cfg: Config, dataset: Path) -> dict[str, Writer]:
-    """The files that make a checkpoint a plain Llama folder: {name: writer}; `state` may hold adapters."""
-    tokenizer = load_tokenizer(dataset)
-    plain = merged_state(state, cfg.model.relora)
-    files: dict[str, Writer] = {
-        "config.json": lambda path: write_config(path, cfg.model, tokenizer.eos, tokenizer.pad),
-        "model.safetensors": lambda path: write_weights(path, plain, cfg.model),
+    def weights(path: Path) -> None:
+        from safetensors.torch import save_file
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in llama_state(state, cfg).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    names = {"eos_token": tokenizer.text_of(eos), "pad_token": tokenizer.text_of(pad)}
+    return {
+        "config.json": as_json(llama_config(cfg, eos, pad, dtype)),
+        "generation_config.json": as_json({"eos_token_id": eos, "pad_token_id": pad, "do_sample": True}),
+        "model.safetensors": weights,
+        "tokenizer.json": (lambda path: shutil.copy(known, path)) if known.exists() else as_json(byte_tokenizer_json()),
+        "tokenizer_config.json": as_json({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces":
+                                          False, "model_max_length": cfg.max_seq_len}
+                                         | {key: text for key, text in names.items() if text is not None}),
     }
-    if (dataset / "tokenizer.json").exists():
-        files["tokenizer.json"] = lambda path: shutil.copy(dataset / "tokenizer.json", path)
-    return files
 
 
 # ---- reading a Llama folder back -----------------------------------------------------------------------------
@@ -125,16 +152,29 @@ def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise CheckpointError(f"{folder}: cannot be read as a model folder ({error})") from None
     cfg = _our_config(found, folder)
     expected = {theirs: ours for ours, theirs in llama_names(cfg).items()}
-    problems = [f"{n} is missing" for n in expected.keys() - tensors.keys()]
-    problems += [f"{n} is unexpected" for n in tensors.keys() - expected.keys()]
-    if problems:
-        raise CheckpointError(f"{folder}: {'; '.join(sorted(problems)[:8])}")
+    _check_names(expected.keys(), tensors.keys(), folder)
     heads = {"q_proj": cfg.attention_n_heads, "k_proj": cfg.attention_n_kv_heads}
     state = {}
     for theirs, ours in expected.items():
-        leaf = ours.split(".")[-2]
-        state[ours] = (interleaved(tensors[theirs], heads[leaf]) if leaf in heads else tensors[theirs]).float()
+        leaf, tensor = ours.split(".")[-2], tensors[theirs]
+        if leaf in heads and tensor.shape[0] == heads[leaf] * (cfg.d_model // cfg.attention_n_heads):
+            tensor = interleaved(tensor, heads[leaf])
+        state[ours] = tensor.float()
+    _check_shapes(state, cfg, folder)
     return cfg, state
+
+
+def _check_names(expected: Iterable[str], found: Iterable[str], folder: Path) -> None:
+    problems = [f"{n} is missing" for n in set(expected) - set(found)]
+    problems += [f"{n} is unexpected" for n in set(found) - set(expected)]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{folder}: {'; '.join(sorted(problems)[:8])}{more}")
+
+
+def _check_shapes(state: dict[str, Tensor], cfg: ModelConfig, folder: Path) -> None:
+    with torch.device("meta"):
+        load_model_state(PicoDecoder(cfg), state, folder, copy=False)
 
 
 def _our_config(found: dict, folder: Path) -> ModelConfig:
@@ -155,3 +195,90 @@ def load_decoder(path: str | Path) -> PicoDecoder:
     model = PicoDecoder(cfg)
     load_model_state(model, state, path)
     return model
+
+
+# ---- published Pico models ---------------------------------------------------------------------------------------
+
+def load_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A model published by pico-train or relora-pico, as load_plain gives it, adapters merged.
+
+    Its tensors are `PREFIX.` + our names; a ReLoRA layer adds `.A_lora.weight`, `.B_lora.weight` and, with trainable
+    scaling, `.s`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = folder / "model.safetensors"
+        tensors = load_file(weights) if weights.exists() else torch.load(folder / "pytorch_model.bin", weights_only=True)
+        fields = {f.name for f in dataclasses.fields(ModelConfig)} - {"relora", "model_type"}
+        relora = {k: v for k, v in (found.get("relora") or {}).items()
+                  if k in {f.name for f in dataclasses.fields(ReLoRAConfig)}}
+        tree = {k: v for k, v in found.items() if k in fields} | {"relora": relora or None}
+        cfg = config_from_dict({"model": tree}).model
+    except (OSError, ValueError, SafetensorError, ConfigError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{folder}: cannot be read as a published Pico model ({error})") from None
+    ours = {}
+    for name, tensor in tensors.items():
+        if "embedding_proj" not in name.split(".")[0] and name.split(".")[0] not in ("layers", "output_norm"):
+            name = name.split(".", 1)[-1]  # the prefix
+        for theirs, leaf in ((".A_lora.weight", ".lora_A"), (".B_lora.weight", ".lora_B"), (".s", ".scaling")):
+            name = name.removesuffix(theirs) + leaf if name.endswith(theirs) else name
+        ours[name] = tensor.float()
+    state = merged_state(ours, cfg.relora)
+    cfg = dataclasses.replace(cfg, relora=None)
+    _check_names((f"{n}" for n in llama_names(cfg)), state, folder)
+    _check_shapes(state, cfg, folder)
+    return cfg, state
+
+
+def import_model(source: str, out: Path, revision: str | None) -> None:
+    """A published Pico model or a Llama folder, from disk or the Hub, as a model folder of ours."""
+    folder = Path(source)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        try:
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise CheckpointError(f"{source}: neither a folder nor to be had from the Hub ({str(error).splitlines()[0]})") from None
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: has no readable config.json ({error})") from None
+    cfg, state = load_plain(folder) if kind == "llama" else load_published(folder)
+    publish(out, writers(state, cfg, folder))
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    hf = commands.add_parser("hf", help="write a plain Llama folder")
+    hf.add_argument("checkpoint", help="a run (its newest step), a step folder, or a model folder")
+    hf.add_argument("out", type=Path)
+    hf.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    imported = commands.add_parser("import", help="read a published Pico model or a Llama folder")
+    imported.add_argument("source", help="a folder, or owner/name on the Hub")
+    imported.add_argument("out", type=Path)
+    imported.add_argument("--revision", help="a commit or branch on the Hub")
+    uploaded = commands.add_parser("upload", help="send to the Hub what a run has not sent yet")
+    uploaded.add_argument("run", type=Path)
+    args = parser.parse_args()
+    if args.command == "upload":
+        return upload.upload_run(args.run)
+    if args.out.exists():
+        raise CheckpointError(f"{args.out}: is already there; choose another folder, or delete it first")
+    if args.command == "hf":
+        folder = resolve(args.checkpoint)
+        cfg, state = load_plain(folder)
+        publish(args.out, writers(state, cfg, folder, getattr(torch, args.dtype)))
+    else:
+        import_model(args.source, args.out, args.revision)
+    print(f"written to {args.out}")
+    return None
+
+
+if __name__ == "__main__":
+    dist.command(main)

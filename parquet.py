@@ -34,9 +34,16 @@ def convert_parquet(path: Path, target: Path, vocab_size: int) -> Converted:
             out, done, row_length = None, 0, 0
             for batch in file.iter_batches(batch_size=1024, columns=["input_ids"]):
                 column = batch.column(0)
-                lengths = compute.fill_null(compute.list_value_length(column), 0).to_numpy()
+                if not arrow.types.is_integer(getattr(column.type, "value_type", arrow.null())):
+                    raise DataError(f"{path}: input_ids is {column.type}, not lists of whole numbers")
+                if column.null_count or column.flatten().null_count:
+                    bad = next(i for i, row in enumerate(column.to_pylist()) if row is None or None in row)
+                    raise DataError(f"{path}: row {done + bad} is or holds a null")
+                lengths = compute.list_value_length(column).to_numpy()
                 if out is None:
                     row_length = int(lengths[0])
+                    if row_length < 2:
+                        raise DataError(f"{path}: row 0 has {row_length} ids; a row holds an input and its label at least")
                     out = np.lib.format.open_memmap(target, "w+", token_dtype(vocab_size), (total, row_length))
                 if (wrong := lengths != row_length).any():
                     bad = int(np.argmax(wrong))
@@ -53,3 +60,9 @@ def convert_parquet(path: Path, target: Path, vocab_size: int) -> Converted:
     except (OSError, arrow.ArrowException, TypeError) as error:
         raise DataError(f"{path}: not a parquet file of token rows ({error})") from None
     return Converted(total, row_length, sources)
+
+
+def records(path: Path) -> list[dict]:
+    """Every row of a small parquet file as a dict."""
+    import pyarrow.parquet as arrow_parquet
+    return arrow_parquet.read_table(path).to_pylist()

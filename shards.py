@@ -120,15 +120,16 @@ def read_documents(files: list[Path]) -> Iterator[str]:
                         if line.strip():
                             yield _text_of(json.loads(line), path, number)
             else:
-                yield path.read_text(encoding="utf-8")
+                yield path.read_bytes().decode("utf-8")
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def _text_of(record: Any, path: Path, number: int) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise DataError(f'{path}: line {number} is not an object with a "text"')
-    return record["text"]
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError(f'{path}: line {number} is not an object with a "text" of whole characters')
+    return text
 
 
 def make_text(out: Path, files: list[Path], tokenizer: Tokenizer, vocab_size: int, row_length: int,
@@ -153,7 +154,7 @@ def make_parquet(out: Path, files: list[Path], vocab_size: int) -> None:
     shards: dict[str, list[dict]] = {}
     row_lengths: dict[str, int] = {}
     for path in tqdm(files, desc="converting", unit=" files"):
-        split = "val" if path.name.startswith("val") else "train"
+        split = "val" if path.name.startswith("val-") else "train"
         (out / split).mkdir(parents=True, exist_ok=True)
         target = out / split / f"shard-{len(shards.setdefault(split, [])):05d}.npy"
         made = convert_parquet(path, target, vocab_size)
@@ -171,16 +172,18 @@ def download(source: stream.Source, numbers: range, out: Path, cfg: DatasetConfi
     staged = out / f".staging-{source.split}"
     staged.mkdir(parents=True, exist_ok=True)
     entries, lengths = [], set()
-    for number in tqdm(numbers, desc=f"fetching {source.name}", unit=" shards"):
-        path = staged / f"shard-{len(entries):05d}.npy"
-        made = stream.fetch(source, number, path, vocab_size, cfg.patience_minutes)
-        lengths.add(made.row_length)
-        entries.append(shard_entry(path, made.rows, made.sources))
-    if len(lengths) > 1:
-        raise DataError(f"{source.name}: its files have rows of different lengths, {sorted(lengths)}")
-    write_index(staged, entries, lengths.pop(), vocab_size, source.name, source.revision,
-                first_shard=numbers.start)
-    os.rename(staged, out / source.split)
+    try:
+        for number in tqdm(numbers, desc=f"fetching {source.name}", unit=" shards", disable=None):
+            path = staged / f"shard-{len(entries):05d}.npy"
+            made = stream.fetch(source, number, path, vocab_size, cfg.patience_minutes)
+            lengths.add(made.row_length)
+            entries.append(shard_entry(path, made.rows, made.sources))
+        if len(lengths) > 1:
+            raise DataError(f"{source.name}: its files have rows of different lengths, {sorted(lengths)}")
+        write_index(staged, entries, lengths.pop(), vocab_size, source.name, source.revision, first_shard=numbers.start)
+        os.rename(staged, out / source.split)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def local_or_hub(name: str, split: str, cfg: DatasetConfig, vocab_size: int) -> Path:
@@ -292,15 +295,19 @@ def make(args: argparse.Namespace) -> None:
         raise DataError(f"{args.out}: is already there; choose another --out, or delete it first")
     if getattr(args, "row_length", 2) < 2:
         raise DataError(f"--row-length: {args.row_length} is too short; a row holds at least one input and its label")
+    if not 0 <= getattr(args, "val_share", 0) < 1:
+        raise DataError(f"--val-share: {args.val_share} is not a share from 0 up to, but not including, 1")
     staged = args.out.with_name(f".staging-{args.out.name}")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
     try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
         if getattr(args, "tokenizer", None) is not None:
             if not args.tokenizer.is_file():
                 raise DataError(f"{args.tokenizer}: no such tokenizer.json")
             shutil.copy(args.tokenizer, staged / "tokenizer.json")
         tokenizer = load_tokenizer(staged)
+        if args.command == "text" and (args.vocab_size or tokenizer.vocab_size) < tokenizer.vocab_size:
+            raise DataError(f"--vocab-size: {args.vocab_size} is below the tokenizer's {tokenizer.vocab_size}")
         if args.command == "stdlib":
             make_stdlib(staged, args.row_length)
         elif args.command == "text":
@@ -309,6 +316,8 @@ def make(args: argparse.Namespace) -> None:
         else:
             make_parquet(staged, args.files, args.vocab_size or 50304)
         os.rename(staged, args.out)
+    except OSError as error:
+        raise DataError(f"{args.out}: cannot be made ({error})") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -323,6 +332,10 @@ def fetch_dataset(args: argparse.Namespace) -> None:
         raise DataError(f"{args.out / args.split}: is already there; choose another --out, or delete it first")
     download(source, range(int(first), int(end)), args.out, cfg, args.vocab_size or 50304)
     stream.fetch_tokenizer(args.tokenizer, args.out)
+
+
+def made_with(folder: Path) -> int | None:
+    return read_index(folder / "train")["row_length"] if (folder / "train" / INDEX).exists() else None
 
 
 def describe(folder: Path) -> None:
@@ -345,7 +358,7 @@ def main() -> None:
         return show(args)
     if args.command == "download":
         fetch_dataset(args)
-    elif args.command == "stdlib" and args.out.exists():
+    elif args.command == "stdlib" and args.out.exists() and made_with(args.out) == args.row_length:
         print(f"{args.out} is already there")
     else:
         make(args)

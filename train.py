@@ -31,11 +31,12 @@ import dynamics
 import evaluate
 import export
 import stream
+import upload
 from config import Config, ConfigError, UserError, load_config
 from data import BatchLoader, TokenDataset
 from model import PicoDecoder
-from relora import (apply_relora, derive_seed, learning_rate_multiplier, merge_and_reinit, merge_due, relora_layers,
-                    reset_optimizer)
+from relora import (apply_relora, derive_seed, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state,
+                    relora_layers, reset_optimizer)
 from run import Progress, RunFolder, run_folder
 
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # dense bf16, by a part of the GPU's name
@@ -58,6 +59,7 @@ class Trainer:
     dataset: TokenDataset
     evaluation: evaluate.Evaluation
     saver: checkpoint.Saver
+    uploader: upload.Uploader | None
     progress: Progress
     step: int = 0
     model: PicoDecoder | None = None
@@ -73,6 +75,8 @@ def train(cfg: Config, device: torch.device) -> None:
     with (t.folder.reporting(lambda: t.step), contextlib.closing(t.dataset),
           BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches):
         loop(t, batches)
+        if t.uploader is not None:
+            t.uploader.close(t.cfg.checkpointing.upload_grace_seconds)
 
 
 def loop(t: Trainer, batches: BatchLoader) -> None:
@@ -234,8 +238,9 @@ def save(t: Trainer, whole: bool = True) -> None:
     """Evaluate, take snapshots, and start to write the checkpoint of this step; only that if not `whole`."""
     c, files = t.cfg.checkpointing, {}
     if whole:
-        if metrics := t.evaluation.run(t.model, t.step, t.folder):
-            t.folder.record({"step": t.step} | metrics)
+        if results := t.evaluation.run(t.model, lambda words: t.folder.say(f"step {t.step}: {words}")):
+            t.folder.record({"step": t.step} | evaluate.flat_metrics(results))
+            t.folder.save_evaluation(t.step, results)
         reshard(t.model)
     if whole and c.learning_dynamics is not None:
         sources = {"train": t.dataset.batch(t.step, t.cfg.data.dataloader.batch_size), "val": t.evaluation.snapshot_rows}
@@ -251,7 +256,7 @@ def save(t: Trainer, whole: bool = True) -> None:
                   "random": {"seed": t.cfg.training.seed},  # with the step, all that randomness follows from
                   "metrics_bytes": t.folder.metrics_size()}
         files[f"{c.fabric_checkpoint_dir}/{c.fabric_checkpoint_filename}"] = checkpoint.torch_writer(state)
-        files |= export.writers(state["model"], t.cfg, t.dataset.folder.parent)
+        files |= export.writers(merged_state(state["model"], t.cfg.model.relora), t.cfg.model, t.dataset.folder.parent)
         t.saver.save(t.step, files)
 
 
@@ -269,14 +274,17 @@ def setup(cfg: Config, device: torch.device) -> Trainer:
     path = run_folder(cfg)
     state, notes = checkpoint.resume(path / cfg.checkpointing.checkpoints_dir, cfg)
     dataset = stream.open_dataset(cfg, state["step"] if state else 0, state["data"] if state else None)
-    evaluation = evaluate.Evaluation(cfg, dataset, device)
+    evaluation = evaluate.Evaluation(cfg, dataset.folder.parent, device)
     folder = RunFolder(cfg, path)
     precision = cfg.training.fabric.precision
     if device.type == "cpu" and precision != "32-true":
         folder.say(f"precision {precision} is slow on a CPU: training in 32-true")
         precision = "32-true"
-    t = Trainer(cfg, device, precision, folder, dataset, evaluation, checkpoint.Saver(cfg.checkpointing, folder.path),
-                Progress(device))
+    uploader = None
+    if cfg.checkpointing.save_to_hf and dist.rank() == 0:
+        uploader = upload.Uploader(path, cfg.checkpointing, folder.say)
+    saver = checkpoint.Saver(cfg.checkpointing, path, uploader.kick if uploader else lambda: None)
+    t = Trainer(cfg, device, precision, folder, dataset, evaluation, saver, uploader, Progress(device))
     for words in notes + config.warnings(cfg, dist.world_size(), device.type):
         folder.say(words, "WARNING")
     if state is None:
@@ -293,6 +301,8 @@ def setup(cfg: Config, device: torch.device) -> Trainer:
         describe(t)
         folder.say(f"resumed at step {t.step}")
     folder.start_wandb()
+    if uploader is not None:
+        uploader.start()
     return t
 
 

@@ -229,6 +229,7 @@ class CheckpointingConfig:
     save_every_n_steps: int = 1000
     keep_training_states: int | None = None  # (ours) null: all; older ones are pruned, snapshots never
     save_to_hf: bool = False
+    upload_grace_seconds: float = 120  # (ours) at the end of a run, for uploads that are left
     hf_checkpoint: HFCheckpointConfig = field(default_factory=HFCheckpointConfig)
     training: CheckpointTrainingConfig = field(default_factory=CheckpointTrainingConfig)
     evaluation: CheckpointEvaluationConfig = field(default_factory=CheckpointEvaluationConfig)
@@ -286,8 +287,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         near = difflib.get_close_matches(path.name, presets, n=1, cutoff=0.3) or presets[:1]
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
                           f"did you mean config/{near[0]}?") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # PyYAML lets ValueError, KeyError, RecursionError and others through
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
     if not (tree is None or isinstance(tree, dict)):
         raise ConfigError(f"{path}: expected sections such as `training:`, found a {type(tree).__name__}")
     return config_from_dict(tree or {}, overrides)
@@ -354,6 +355,8 @@ def _check(cfg: Config) -> None:
     need(len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas), "training.optimization.betas",
          "must be two numbers from 0 up to, but not including, 1")
     need(0 <= o.momentum < 1, "training.optimization.momentum", "must lie from 0 up to, but not including, 1")
+    need(bool(cfg.checkpointing.hf_checkpoint.repo_id) or not cfg.checkpointing.save_to_hf,
+         "checkpointing.hf_checkpoint.repo_id", "is needed for save_to_hf; set it to owner/name")
     name = cfg.checkpointing.run_name
     need(name is None or (name not in ("", ".", "..") and not set(name) & set("/\\\0\n")),
          "checkpointing.run_name", "must be one plain folder name")

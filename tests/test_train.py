@@ -283,7 +283,7 @@ def test_a_new_epoch_is_told(worlds, here, every):
 
 
 def test_compiled_blocks_train_as_the_plain_ones_do(here):
-    words = ("model.n_layers=1", "training.max_steps=6", "model.relora.lora_dropout=0", "training.micro_batch_size=4")
+    words = ("model.n_layers=1", "training.max_steps=3", "model.relora.lora_dropout=0", "training.micro_batch_size=4")
     here.train("plain", *words, *BARE)
     lab.run("train.py", here.config("compiled"), *words, "training.compile=true", "evaluation.metrics=null",
             "checkpointing.save_every_n_steps=1000")  # with the snapshots of the first step and the last

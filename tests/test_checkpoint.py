@@ -1,0 +1,311 @@
+"""Checkpoints: whole or not there, verified, pruned without harm, and the same state back bit for bit."""
+
+import hashlib
+import json
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import lab
+from checkpoint import CheckpointError, Saver, find_resumable, publish, torch_writer, verify
+from config import CheckpointingConfig, config_from_dict
+from model import PicoDecoder
+from relora import apply_relora
+from train import make_optimizers
+
+STATE = "training_state/checkpoint.pt"
+CFG = CheckpointingConfig()
+
+
+def files(number):
+    """What a checkpoint holds, in small: each file's bytes depend on `number`."""
+    return {STATE: torch_writer({"step": number, "model": {"w": torch.full((64,), float(number))}, "config": {}}),
+            "config.json": lambda path: path.write_text(json.dumps({"n": number})),
+            "learning_dynamics/train_weights.pt": torch_writer({"layers.0": torch.arange(number + 50)})}
+
+
+@pytest.fixture
+def steps(tmp_path):
+    """Complete checkpoints of steps 0, 9 and 10: by name 9 would be the newest."""
+    for number in (0, 9, 10):
+        publish(tmp_path / f"step_{number}", files(number))
+    return tmp_path
+
+
+def found_in(checkpoints, cfg=CFG):
+    *complaints, (newest, _) = find_resumable(checkpoints, cfg)
+    return newest, [words for _, words in complaints]
+
+
+def bytes_below(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- publishing ------------------------------------------------------------------------------------------------
+
+def test_a_manifest_lists_every_file_as_it_is(steps):
+    content = bytes_below(steps / "step_9")
+    listed = json.loads(content.pop("manifest.json"))["files"]
+    assert listed == {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                      for name, data in content.items()}
+    assert set(listed) == set(files(9))
+    assert (steps / "latest").read_text() == "step_10\n"
+
+
+def test_a_folder_appears_only_when_it_is_complete(tmp_path):
+    seen = []
+
+    def late(path):
+        seen.append(sorted(p.name for p in tmp_path.glob("step_*")))
+        path.write_text("late")
+
+    publish(tmp_path / "step_1", {**files(1), "late.txt": late})
+    assert seen == [[]]
+    assert set(bytes_below(tmp_path)) >= {"step_1/late.txt", "step_1/manifest.json"}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("bad"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_older_ones_as_they_are(steps, error):
+    def fail(path):
+        path.write_bytes(b"half")
+        raise error
+
+    before = {name: data for name, data in bytes_below(steps).items()}
+    for name in ("step_11", "step_10"):  # a new one, and one that is there
+        with pytest.raises(type(error)):
+            publish(steps / name, {**files(11), "fails": fail})
+    assert found_in(steps) == (steps / "step_10", [])
+    assert bytes_below(steps) == before, "the leftovers are gone, all else is untouched"
+
+
+def test_a_checkpoint_in_the_way_is_kept_aside(steps):
+    before = bytes_below(steps / "step_9")
+    publish(steps / "step_9", files(12))
+    verify(steps / "step_9")
+    assert bytes_below(steps / "step_9.aside-1") == before
+
+
+# ---- finding -----------------------------------------------------------------------------------------------------
+
+def flip(folder):
+    data = bytearray((folder / STATE).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / STATE).write_bytes(data)
+
+
+def truncate(folder):
+    (folder / STATE).write_bytes((folder / STATE).read_bytes()[:-1])
+
+
+def remove(folder):
+    (folder / STATE).unlink()
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def halve_manifest(folder):
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text[:len(text) // 2])
+
+
+def entries(change):
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest["files"])
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    damage.__name__ = change.__name__
+    return damage
+
+
+def climbing_entry(listed):
+    listed["../step_9/config.json"] = listed.pop("config.json")
+
+
+def absolute_entry(listed):
+    listed["/etc/hostname"] = listed.pop("config.json")
+
+
+def entry_without_size(listed):
+    del listed["config.json"]["size"]
+
+
+@pytest.mark.parametrize(("damage", "named"), [
+    (flip, STATE), (truncate, STATE), (remove, STATE), (empty, "manifest.json"), (halve_manifest, "manifest.json"),
+    *((entries(change), "manifest.json") for change in (climbing_entry, absolute_entry, entry_without_size))],
+    ids=lambda value: getattr(value, "__name__", None))
+def test_the_newest_sound_checkpoint_is_found_and_a_damaged_one_kept(steps, damage, named):
+    damage(steps / "step_10")
+    before = bytes_below(steps / "step_10")
+    with pytest.raises(CheckpointError, match=named):
+        verify(steps / "step_10")
+    newest, complaints = found_in(steps)
+    assert newest == steps / "step_9"
+    assert len(complaints) == 1 and "step_10" in complaints[0] and named in complaints[0]
+    assert bytes_below(steps / "step_10.aside-1") == before and not (steps / "step_10").exists()
+    assert found_in(steps) == (steps / "step_9", [])
+
+
+def test_latest_names_a_step_that_is_there_after_the_newest_was_kept_aside(steps):
+    flip(steps / "step_10")
+    found_in(steps)
+    assert (steps / "latest").read_text() == "step_9\n"
+
+
+def test_nothing_is_found_where_nothing_is_sound(steps, tmp_path):
+    for number in (0, 9, 10):
+        flip(steps / f"step_{number}")
+    newest, complaints = found_in(steps)
+    assert newest is None and len(complaints) == 3
+    assert found_in(tmp_path / "nowhere") == (None, [])
+
+
+# ---- pruning -----------------------------------------------------------------------------------------------------
+
+def saver(folder, **options):
+    return Saver(CheckpointingConfig(checkpoints_dir="checkpoints", **options), folder)
+
+
+def test_old_training_states_are_pruned_and_nothing_else(tmp_path):
+    keeper = saver(tmp_path, keep_training_states=2)
+    for number in (0, 5, 10, 15):
+        keeper.save(number, files(number))
+    keeper.wait()
+    for number in (0, 5, 10, 15):
+        folder = tmp_path / f"checkpoints/step_{number}"
+        verify(folder)
+        expected = set(files(number)) - ({STATE} if number < 10 else set()) | {"manifest.json"}
+        assert set(bytes_below(folder)) == expected
+    flip(tmp_path / "checkpoints/step_15")
+    assert found_in(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints/step_10"
+
+
+def test_pruning_passes_over_a_damaged_folder(tmp_path):
+    keeper = saver(tmp_path, keep_training_states=1)
+    keeper.save(0, files(0))
+    keeper.wait()
+    halve_manifest(tmp_path / "checkpoints/step_0")
+    keeper.save(5, files(5))
+    keeper.wait()  # an old folder's damage is no reason to stop a run
+    assert found_in(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints/step_5"
+
+
+# ---- the saver's thread --------------------------------------------------------------------------------------------
+
+def test_an_error_in_the_thread_is_raised_at_the_next_wait_and_once(tmp_path):
+    def fail(path):
+        raise OSError(28, "No space left on device")
+
+    keeper = saver(tmp_path)
+    keeper.save(0, {"fails": fail})
+    with pytest.raises(OSError, match="No space left"):
+        keeper.save(5, files(5))
+    keeper.save(5, files(5))
+    keeper.wait()
+    assert found_in(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step_5", [])
+
+
+# ---- the state -------------------------------------------------------------------------------------------------------
+
+def trained(dataset, optimizer, seed, updates):
+    """A ReLoRA model and its optimizers after some updates."""
+    cfg = config_from_dict(lab.tiny_tree(dataset, "runs"), [f"training.optimization.optimizer={optimizer}",
+                                                            "model.relora.trainable_scaling=true"])
+    torch.manual_seed(seed)
+    model = PicoDecoder(cfg.model)
+    apply_relora(model, cfg.model.relora, seed)
+    optimizers = make_optimizers(model, cfg)
+    for _ in range(updates):
+        update(model, optimizers)
+    return model, optimizers
+
+
+def update(model, optimizers):
+    ids = torch.from_numpy(np.random.default_rng(5).integers(64, size=(2, 17)))
+    model.eval()(ids[:, :-1], ids[:, 1:]).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def all_tensors(model, optimizers):
+    states = [value for o in optimizers for values in o.state.values() for value in values.values()]
+    return [*model.state_dict().values(), *(torch.as_tensor(value) for value in states)]
+
+
+def same(some, others):
+    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_state_comes_back_bit_for_bit_and_goes_on_alike(dataset, tmp_path, optimizer):
+    one = trained(dataset, optimizer, seed=1, updates=3)
+    torch.save({"step": 3, "config": {}, **checkpoint.gather_state(*one)}, tmp_path / "state.pt")
+    other = trained(dataset, optimizer, seed=2, updates=0)
+    state = checkpoint.read_state(tmp_path / "state.pt")
+    checkpoint.load_model_state(other[0], state["model"], tmp_path)
+    checkpoint.load_optimizer_state(*other, state["optimizer"])
+    assert same(all_tensors(*one), all_tensors(*other))
+    update(*one), update(*other)
+    assert same(all_tensors(*one), all_tensors(*other))
+
+
+def test_what_is_on_disk_is_as_of_the_save_however_training_goes_on(dataset, tmp_path):
+    model, optimizers = trained(dataset, "adamw", seed=1, updates=2)
+    before = [tensor.clone() for tensor in all_tensors(model, optimizers)]
+    go, keeper = threading.Event(), saver(tmp_path)
+    state = checkpoint.gather_state(model, optimizers)
+    keeper.save(2, {"waits": lambda path: path.write_text(str(go.wait(20))), STATE: torch_writer(state)})
+    update(model, optimizers)
+    assert not same(before, all_tensors(model, optimizers))
+    go.set()
+    keeper.wait()
+    saved = torch.load(tmp_path / "checkpoints/step_2" / STATE)
+    values = [value for values in saved["optimizer"].values() for value in values.values()]
+    assert same(before, [*saved["model"].values(), *values])
+
+
+def test_weights_that_do_not_fit_are_named(dataset):
+    model, _ = trained(dataset, "adamw", seed=1, updates=0)
+    state = dict(model.state_dict())
+    del state["output_norm.weight"]
+    state |= {"layers.9.extra": torch.zeros(1), "layers.0.attention.q_proj.lora_A": torch.zeros(2, 32)}
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load_model_state(model, state, "some/step_5")
+    for words in ("some/step_5", "output_norm.weight is missing", "layers.9.extra is unexpected",
+                  "layers.0.attention.q_proj.lora_A is (2, 32), not (4, 32)"):
+        assert words in str(caught.value)
+
+
+class Code:
+    """Unpickling it calls open(marker, "w")."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+def test_pickled_code_is_refused_and_never_run(tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "checkpoint.pt"
+    torch.save({"step": 1, "model": {}, "config": Code(marker)}, path)
+    with pytest.raises(CheckpointError, match="checkpoint.pt"):
+        checkpoint.read_state(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)["config"].close()
+    assert marker.exists(), "the code would have run"
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", {"model": {}}, [1]], ids=["empty", "noise", "keys", "list"])
+def test_a_file_that_is_no_training_state_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(CheckpointError, match="checkpoint.pt"):
+        checkpoint.read_state(path)

@@ -1,0 +1,199 @@
+"""Snapshots of learning dynamics: the numbers that autograd and a hand-written forward give, on any ranks."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dynamics
+import lab
+from config import LearningDynamicsConfig, config_from_dict
+from data import TokenDataset
+from model import PicoDecoder
+from relora import apply_relora, merged_state, relora_layers
+
+SUFFIXES = ["attention.v_proj", "attention.o_proj", "swiglu.w_2"]
+LAYERS = [f"layers.{i}.{suffix}" for i in range(2) for suffix in SUFFIXES]
+KINDS = ("full-rank", "relora", "trainable_scaling", "lora_only")
+
+
+def make(kind, dataset):
+    """(model, its config, its plain merged copy in float64, token rows)."""
+    words = [f"model.relora.{kind}=true"] if kind in ("trainable_scaling", "lora_only") else []
+    cfg = config_from_dict(lab.tiny_tree(dataset, "runs", relora=kind != "full-rank"), words)
+    model = PicoDecoder(cfg.model)
+    if cfg.model.relora:
+        apply_relora(model, cfg.model.relora)
+    for layer in relora_layers(model).values():  # as in the middle of a cycle
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        if layer.scaling is not None:
+            torch.nn.init.uniform_(layer.scaling, 0.2, 0.9)
+    plain = PicoDecoder(cfg.model)
+    plain.load_state_dict(merged_state(model.state_dict(), cfg.model.relora))
+    return model, cfg, plain, TokenDataset(dataset).rows(0, 7)
+
+
+@pytest.fixture(params=KINDS)
+def made(request, dataset):
+    return make(request.param, dataset)
+
+
+def snapshot(model, rows, **options):
+    return dynamics.snapshot(model, rows, LearningDynamicsConfig(layer_suffixes=SUFFIXES, **options), torch.device("cpu"))
+
+
+def ids_of(rows):
+    return torch.from_numpy(rows.astype("int64"))
+
+
+def gradients_of(model, rows):
+    """Autograd's gradients of the mean loss, with dropout off; `.grad` stays as it is."""
+    ids = ids_of(rows)
+    model = copy.deepcopy(model).eval().requires_grad_(True)
+    F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def outputs_of(plain, ids):
+    """{layer: output (B, T, out)} of a plain decoder, written anew in float64: no hooks, no modules."""
+    cfg, w = plain.cfg, {name: tensor.double() for name, tensor in plain.state_dict().items()}
+    B, T = ids.shape
+    H, K, size = cfg.attention_n_heads, cfg.attention_n_kv_heads, cfg.d_model // cfg.attention_n_heads
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * w[f"{name}.weight"]
+
+    def heads(x, count):
+        return x.view(B, T, count, size).transpose(1, 2)
+
+    def rotate(x):
+        angles = torch.arange(T)[:, None] * cfg.position_emb_theta ** (-torch.arange(0, size, 2).double() / size)
+        turned = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous()) * torch.polar(torch.ones_like(angles), angles)
+        return torch.view_as_real(turned).flatten(-2)
+
+    found, x = {}, w["embedding_proj.weight"][ids]
+    for i in range(cfg.n_layers):
+        name = f"layers.{i}"
+        h = norm(x, f"{name}.attention_norm")
+        q, k, v = (h @ w[f"{name}.attention.{leaf}_proj.weight"].T for leaf in "qkv")
+        found[f"{name}.attention.v_proj"] = v
+        q, k, v = rotate(heads(q, H)), *(t.repeat_interleave(H // K, 1) for t in (rotate(heads(k, K)), heads(v, K)))
+        scores = (q @ k.transpose(-1, -2) / size ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1)
+        found[f"{name}.attention.o_proj"] = y @ w[f"{name}.attention.o_proj.weight"].T
+        x = x + found[f"{name}.attention.o_proj"]
+        h = norm(x, f"{name}.swiglu_norm")
+        gate, up = (h @ w[f"{name}.swiglu.{leaf}.weight"].T for leaf in ("w_0", "w_1"))
+        found[f"{name}.swiglu.w_2"] = (gate * gate.sigmoid() * up) @ w[f"{name}.swiglu.w_2.weight"].T
+        x = x + found[f"{name}.swiglu.w_2"]
+    return found
+
+
+def assert_close(found, expected, relative):
+    assert (found - expected).abs().max() <= relative * expected.abs().max()
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------------
+
+def test_gradients_are_those_of_the_merged_unfrozen_model(made):
+    model, _, plain, rows = made
+    found, expected = snapshot(model, rows)["gradients"], gradients_of(plain, rows)
+    for name in LAYERS:
+        assert_close(found[name], expected[f"{name}.weight"], 1e-5)
+        assert found[name].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_gradients_of_the_factors_are_autograds_own(kind, dataset):
+    model, _, _, rows = make(kind, dataset)
+    found, expected = snapshot(model, rows)["gradients"], gradients_of(model, rows)
+    for name in LAYERS:
+        for leaf in ("lora_A", "lora_B"):
+            assert_close(found[f"{name}.{leaf}"], expected[f"{name}.{leaf}"], 1e-5)
+
+
+def test_weights_are_the_effective_ones_with_their_parts_beside(made):
+    model, cfg, plain, rows = made
+    found, state = snapshot(model, rows)["weights"], model.state_dict()
+    for name in LAYERS:
+        torch.testing.assert_close(found[name], plain.state_dict()[f"{name}.weight"])
+        parts = {"base": "weight", "lora_A": "lora_A", "lora_B": "lora_B"} if cfg.model.relora else {}
+        present = {part: leaf for part, leaf in parts.items() if f"{name}.{leaf}" in state}
+        assert {key.removeprefix(f"{name}.") for key in found if key.startswith(f"{name}.")} == set(present)
+        assert all(torch.equal(found[f"{name}.{part}"], state[f"{name}.{leaf}"]) for part, leaf in present.items())
+
+
+@pytest.mark.parametrize("position", [-1, 5])
+def test_activations_are_those_of_a_forward_by_hand(made, position):
+    model, _, plain, rows = made
+    found = snapshot(model, rows, sequence_idx=position)["activations"]
+    expected = outputs_of(plain, ids_of(rows)[:, :-1])
+    assert list(found) == LAYERS
+    for name in LAYERS:
+        assert_close(found[name], expected[name][:, position], 1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_size_of_the_sub_batches_does_not_matter(made, size):
+    model, _, _, rows = made
+    some, whole = snapshot(model, rows, batch_size=size), snapshot(model, rows, batch_size=7)
+    for kind in ("activations", "gradients", "weights"):
+        assert some[kind].keys() == whole[kind].keys()
+        for name in whole[kind]:
+            torch.testing.assert_close(some[kind][name], whole[kind][name], atol=1e-6, rtol=1e-6)
+    assert torch.equal(some["data"]["input_ids"], ids_of(rows))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_snapshot_leaves_no_trace(made, training):
+    model, _, _, rows = made
+    model.train(training)
+    ids = ids_of(rows)
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    grads = {name: p.grad if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    snapshot(model, rows)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert {module.training for module in model.modules()} == {training}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    for name, p in model.named_parameters():
+        assert p.grad is None if grads[name] is None else torch.equal(p.grad, grads[name])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# ---- the files of a run --------------------------------------------------------------------------------------------
+
+def load(worlds, name, step, split, kind):
+    return torch.load(worlds.folder / name / f"checkpoints/step_{step}/learning_dynamics/{split}_{kind}.pt")
+
+
+@pytest.mark.parametrize(("split", "examples"), [("train", 8), ("val", 12)])
+def test_files_are_as_pico_analyze_reads_them(worlds, split, examples):
+    outs = {"attention.v_proj": (16, 32), "attention.o_proj": (32, 32), "swiglu.w_2": (32, 64)}
+    activations, weights, gradients = (load(worlds, "single", 10, split, k) for k in ("activations", "weights", "gradients"))
+    assert sorted(activations) == sorted(LAYERS)
+    for name in LAYERS:
+        shape = outs[name.split(".", 2)[2]]
+        assert activations[name].shape == (examples, shape[0])
+        assert weights[name].shape == gradients[name].shape == shape
+    tensors = [*activations.items(), *weights.items(), *gradients.items()]
+    assert all(name.startswith("layers.") and t.dtype == torch.float32 and t.isfinite().all() for name, t in tensors)
+
+
+@pytest.mark.parametrize("step", [0, 10])
+def test_the_train_snapshot_is_taken_on_the_batch_that_comes_next(worlds, dataset, step):
+    found = load(worlds, "single", step, "train", "data")["input_ids"]
+    assert torch.equal(found, ids_of(TokenDataset(dataset).rows(step * 8, 8)))
+    assert torch.equal(load(worlds, "single", step, "val", "data")["input_ids"], ids_of(TokenDataset(dataset, "val").rows(0, 12)))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("split", ["train", "val"])  # val: three sub-batches, which two ranks cannot share evenly
+def test_two_ranks_take_the_snapshot_of_one(worlds, strategy, split):
+    for step in (0, 5):
+        for kind in ("activations", "weights", "gradients", "data"):
+            found, expected = load(worlds, strategy, step, split, kind), load(worlds, "single", step, split, kind)
+            assert list(found) == list(expected)
+            for name in expected:
+                assert_close(found[name], expected[name], 1e-5)

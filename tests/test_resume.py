@@ -1,0 +1,86 @@
+"""Killed by SIGKILL at any moment, the same command goes on and ends as if nothing had been: bit for bit."""
+
+import random
+
+import pytest
+import torch
+
+import lab
+
+LAST = 20
+WORDS = ("model.d_model=64", "model.vocab_size=4096", "checkpointing.learning_dynamics.max_rows=2")  # slower to save
+RANKS = {1: ((), 0), 2: (("training.strategy=ddp", lab.HALF), 2)}  # processes: their options, ranks for torchrun
+
+
+@pytest.fixture(scope="module", params=RANKS, ids=["one process", "two processes"])
+def runs(request, tmp_path_factory, dataset):
+    """The undisturbed run; `start` starts another like it in processes of its own, `finish` waits for its end."""
+    words, ranks = RANKS[request.param]
+    runs = lab.Lab(tmp_path_factory.mktemp("runs"), dataset)
+    runs.start = lambda name: lab.start("train.py", runs.config(name), *WORDS, *words, ranks=ranks)
+    runs.finish = lambda name: runs.train(name, *WORDS, *words, ranks=ranks)
+    runs.finish("undisturbed")
+    return runs
+
+
+def kill_when(runs, name, moment):
+    """Start the run, and kill all of its processes at a moment that must come before its end."""
+    process = runs.start(name)
+    try:
+        lab.wait_until(lambda: process.poll() is not None or moment(runs.folder / name), timeout=60)
+        early = process.poll() is None
+    finally:
+        lab.kill(process)
+        words = process.communicate(timeout=20)
+    assert early, f"it ended before the moment came: {words}"
+
+
+def kill_while_staging(runs, name, step):
+    """Kill while the checkpoint of `step` is being written; a kill that comes too late is tried again."""
+    for _ in range(5):
+        kill_when(runs, name, lambda run: staged(run, step))
+        if staged(runs.folder / name, step):
+            return
+        lab.shutil.rmtree(runs.folder / name)
+    pytest.fail("every kill came too late")
+
+
+def staged(run, step):
+    return (run / f"checkpoints/.staging-step_{step}").exists()
+
+
+def logged(run):
+    path = run / "metrics.jsonl"
+    return path.read_text().count("train/loss") if path.exists() else 0
+
+
+def as_undisturbed(runs, name):
+    for key in ("train/loss", "trainer/grad_norm", "eval/val_loss", "relora/loss_after"):
+        assert runs.metrics(name, key) == runs.metrics("undisturbed", key), key
+    assert list(runs.metrics(name)) == list(range(1, LAST + 1))
+    found, expected = runs.state(name, LAST)["model"], runs.state("undisturbed", LAST)["model"]
+    assert found.keys() == expected.keys()
+    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+    assert list((runs.folder / name).rglob(".staging*")) == []
+    assert (runs.folder / name / "checkpoints/latest").read_text() == f"step_{LAST}\n"
+
+
+def test_killed_while_the_first_checkpoint_is_written(runs):
+    kill_while_staging(runs, "first", 0)
+    assert "resumed" not in runs.finish("first")
+    as_undisturbed(runs, "first")
+
+
+def test_killed_after_the_first_checkpoint(runs):
+    kill_when(runs, "second", lambda run: (run / "checkpoints/step_0").exists() and not staged(run, 5))
+    assert "resumed at step 0" in runs.finish("second")
+    as_undisturbed(runs, "second")
+    assert not list((runs.folder / "second").rglob("*.aside*")), "a good checkpoint was written again"
+
+
+def test_killed_while_a_later_checkpoint_is_written_and_at_a_random_moment(runs):
+    kill_while_staging(runs, "later", 10)
+    moment = random.SystemRandom().randint(logged(runs.folder / "later") + 1, LAST - 2)
+    kill_when(runs, "later", lambda run: logged(run) >= moment)
+    assert "resumed at step" in runs.finish("later"), f"killed again after update {moment}"
+    as_undisturbed(runs, "later")

@@ -1,0 +1,83 @@
+"""Uploads to a Hub on loopback with the real client: every commit once, titled and laid out as pico-train's, whatever fails."""
+
+import itertools
+import json
+
+import pytest
+
+import lab
+from hub import Hub
+
+KINDS = {"Saving HF Model": {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                             "generation_config.json", "manifest.json"} - {"manifest.json"},
+         "Saving Fabric Checkpoint": {"training_state/checkpoint.pt"},
+         "Saving Evaluation Results": None,
+         "Saving Learning Dynamics Data (train)": {f"learning_dynamics/train_{k}.pt" for k in
+                                                   ("activations", "weights", "gradients", "data")},
+         "Saving Learning Dynamics Data (val)": {f"learning_dynamics/val_{k}.pt" for k in
+                                                 ("activations", "weights", "gradients", "data")}}
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+def config(dataset, tmp_path, **checkpointing):
+    tree = lab.tiny_tree(dataset, tmp_path / "runs", "run")
+    tree["training"]["stop_at_step"] = 3
+    tree["checkpointing"] |= {"save_every_n_steps": 1} | checkpointing
+    return lab.write_config(tmp_path / "c.yaml", tree)
+
+
+def uploads(**more):
+    return {"save_to_hf": True, "hf_checkpoint": {"repo_id": "lab/model", "collection_slug": "lab/pico-1234"}} | more
+
+
+def expected_titles():
+    steps = [f"{kind} -- Step {step}" for step in range(4) for kind in KINDS]
+    return sorted(["initial commit", "Saving Tokenizer -- Step 0", "Saving Training Config -- Step 0", *steps])
+
+
+def test_every_commit_is_made_once_although_every_third_request_fails(dataset, tmp_path, hub):
+    lab.run("train.py", config(dataset, tmp_path / "off" if (tmp_path / "off").mkdir() is None else None))
+    turn, hub.retry_after = itertools.count(1), 0
+    hub.faults = [lambda line: 503 if not line.startswith("AFTER") and next(turn) % 3 == 0 else None,
+                  lambda line: "drop" if line == "AFTER Saving HF Model -- Step 2" else None]
+    env = {**hub.env(tmp_path / "hf"), "HF_TOKEN": "hf_secret_of_this_test"}
+    lab.run("train.py", config(dataset, tmp_path, **uploads()), env=env)
+    lab.run("export.py", "upload", tmp_path / "runs" / "run", env=env)  # nothing is left, or what is
+    made = hub.commits["models/lab/model", "run"]
+    assert sorted(commit["title"] for commit in made) == expected_titles()
+    for commit in made:
+        kind = commit["title"].split(" -- ")[0]
+        if KINDS.get(kind):
+            assert set(commit["files"]) == KINDS[kind], kind
+    run = tmp_path / "runs" / "run"
+    by_title = {commit["title"]: commit["files"] for commit in made}
+    snapshot = run / "checkpoints" / "step_2" / "learning_dynamics" / "val_gradients.pt"
+    assert by_title["Saving Learning Dynamics Data (val) -- Step 2"]["learning_dynamics/val_gradients.pt"] == \
+        snapshot.read_bytes()
+    assert by_title["Saving Training Config -- Step 0"].keys() == {"training_config.yaml"}
+    assert hub.collections == {"lab/pico-1234": ["lab/model"] * len(hub.collections["lab/pico-1234"])}
+    assert lab.metrics(run) == lab.metrics(tmp_path / "off" / "runs" / "run")
+    written = [p.read_bytes() for p in run.rglob("*") if p.is_file()] + [data for c in made for data in c["files"].values()]
+    assert not any(b"hf_secret_of_this_test" in data for data in written)
+
+
+def test_a_hub_that_is_away_does_not_disturb_training_and_the_rest_goes_up_later(dataset, tmp_path, hub):
+    hub.faults = [lambda line: 500]
+    env = hub.env(tmp_path / "hf")
+    printed = lab.run("train.py", config(dataset, tmp_path, **uploads()), "checkpointing.upload_grace_seconds=1", env=env)
+    assert "python export.py upload" in printed
+    assert json.loads((tmp_path / "runs" / "run" / "exit.json").read_text())["code"] == 0
+    hub.faults = []
+    printed = lab.run("export.py", "upload", tmp_path / "runs" / "run", env=env)
+    assert f"{len(expected_titles()) - 1} commits made" in printed
+    assert sorted(commit["title"] for commit in hub.commits["models/lab/model", "run"]) == expected_titles()
+
+
+def test_save_to_hf_without_a_repository_is_refused(dataset, tmp_path):
+    printed = lab.run("train.py", config(dataset, tmp_path, save_to_hf=True), code=2)
+    assert "checkpointing.hf_checkpoint.repo_id" in printed

@@ -1,0 +1,164 @@
+"""Uploads a run to the Hub, step by step, in a thread that can neither slow nor stop the training.
+
+One repository a model, one branch a run; every kind of file is a commit of its own, titled and laid out as pico-train
+does, so that pico-analyze finds it. What has been sent is read from the branch's own history, so each commit is made
+once, whatever failed in between. The token comes from the environment or the Hub's login, and is never written.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from checkpoint import CheckpointError, read_manifest, step_folders
+from config import CheckpointingConfig, config_from_dict
+
+COMMITS_PER_HOUR = 120  # the Hub allows about 128 a repository
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between tries; doubled each time
+
+
+class Commit(NamedTuple):
+    title: str
+    files: dict[str, Path]  # path in the repository -> file here
+
+
+def commits(run: Path, cfg: CheckpointingConfig) -> list[Commit]:
+    """All commits that the run's files call for, oldest step first."""
+    found = []
+    for folder in reversed(step_folders(run / cfg.checkpoints_dir)):
+        try:
+            names = read_manifest(folder)
+        except CheckpointError:
+            continue
+        step, dynamics = int(folder.name[5:]), f"{cfg.learning_dynamics_dir}/"
+        if step == 0:
+            found += [Commit("Saving Tokenizer -- Step 0", {n: folder / n for n in names if n.startswith("tokenizer")}),
+                      Commit("Saving Training Config -- Step 0", {"training_config.yaml": run / "training_config.yaml"})]
+        found += [Commit(f"Saving HF Model -- Step {step}", {n: folder / n for n in names if "/" not in n}),
+                  Commit(f"Saving Fabric Checkpoint -- Step {step}",
+                         {n: folder / n for n in names if n.startswith(f"{cfg.fabric_checkpoint_dir}/")})]
+        for split in ("train", "val"):
+            chosen = {f"learning_dynamics/{n.removeprefix(dynamics)}": folder / n for n in names
+                      if n.startswith(f"{dynamics}{split}_")}
+            found.append(Commit(f"Saving Learning Dynamics Data ({split}) -- Step {step}", chosen))
+        results = Path(cfg.evaluation.eval_results_dir) / f"step_{step}.json"
+        if (run / results).is_file():
+            found.append(Commit(f"Saving Evaluation Results -- Step {step}", {f"eval_results/{results.name}": run / results}))
+    return [commit for commit in found if commit.files]
+
+
+class Uploader:
+    """Sends the commits of a run. `sync` does so once; `start` does so in a thread whenever `kick`ed."""
+
+    def __init__(self, run: Path, cfg: CheckpointingConfig, say: Callable[..., None]):
+        from huggingface_hub import HfApi
+        self.run, self.cfg, self.say, self.api = run, cfg, say, HfApi()
+        self.repo, self.branch = cfg.hf_checkpoint.repo_id, run.name
+        self.sent: set[str] | None = None  # titles on the branch; None: to be asked
+        self._to_prepare = self._preparations()
+        self.made = 0  # commits by this process
+        self._times: deque[float] = deque(maxlen=COMMITS_PER_HOUR)
+        self._kicked, self._closing = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def kick(self) -> None:
+        """There may be something new to send."""
+        self._kicked.set()
+
+    def close(self, grace_seconds: float) -> None:
+        """Send what is left, for grace_seconds at most; the rest goes up at the next start or by export.py upload."""
+        if self._thread is not None:
+            self._closing.set()
+            self._kicked.set()
+            self._thread.join(timeout=grace_seconds)
+            if self._thread.is_alive():
+                self.say(f"some uploads are left; send them with: python export.py upload {self.run}", "WARNING")
+
+    def _work(self) -> None:
+        while True:
+            self._kicked.wait()
+            self._kicked.clear()
+            closing = self._closing.is_set()  # asked before the sync: what is there by now will be sent
+            self.sync_patiently(tries=None)
+            if closing:
+                return
+
+    def sync_patiently(self, tries: int | None) -> int:
+        """`sync`, tried again with growing pauses; returns how many commits it took. Raises after `tries` in vain."""
+        pause, failures, before = FIRST_PAUSE, 0, self.made
+        while True:
+            progress = self.made
+            try:
+                self.sync()
+                return self.made - before
+            except Exception as error:  # whatever it is, training goes on
+                failures = failures + 1 if self.made == progress else 1
+                if failures == tries:
+                    raise
+                pause = min(2 * pause, LONGEST_PAUSE) if failures > 1 else FIRST_PAUSE
+                self.say(f"upload to {self.repo}: {_one_line(error)}; trying again in {pause:.0f} s", "WARNING")
+                time.sleep(pause)
+
+    def sync(self) -> None:
+        """Make every commit that is not on the branch yet."""
+        if self.sent is None:
+            self.sent = self._titles()
+        for commit in commits(self.run, self.cfg):
+            if commit.title not in self.sent:
+                self._wait_for_turn()
+                sent, self.sent = self.sent, None  # should the answer get lost, ask again what is there
+                self._commit(commit)
+                self.sent = sent | {commit.title}
+                self.made += 1
+
+    def _titles(self) -> set[str]:
+        """The titles on the branch; makes repository, branch and collection entry first, each once."""
+        while self._to_prepare:
+            self._to_prepare[0]()
+            self._to_prepare.pop(0)
+        return {commit.title for commit in self.api.list_repo_commits(self.repo, revision=self.branch)}
+
+    def _preparations(self) -> list[Callable[[], object]]:
+        slug = self.cfg.hf_checkpoint.collection_slug
+        steps = [lambda: self.api.create_repo(self.repo, exist_ok=True),
+                 lambda: self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)]
+        return steps + ([lambda: self.api.add_collection_item(slug, self.repo, "model", exists_ok=True)] if slug else [])
+
+    def _commit(self, commit: Commit) -> None:
+        from huggingface_hub import CommitOperationAdd
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in commit.files.items()]
+        self.api.create_commit(self.repo, operations, commit_message=commit.title, revision=self.branch)
+
+    def _wait_for_turn(self) -> None:
+        if len(self._times) == COMMITS_PER_HOUR:
+            time.sleep(max(0.0, self._times[0] + 3600 - time.monotonic()))
+        self._times.append(time.monotonic())
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def upload_run(run: Path) -> None:
+    """Send what a run has not sent yet, as `python export.py upload RUN`. Raises CheckpointError."""
+    path = run / "training_config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{run}: not a run folder: it has no training_config.yaml")
+    cfg = config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))).checkpointing
+    if not cfg.hf_checkpoint.repo_id:
+        raise CheckpointError(f"checkpointing.hf_checkpoint.repo_id: is empty in {path}; set it to owner/name")
+    try:
+        made = Uploader(run, cfg, lambda words, level: print(words)).sync_patiently(tries=5)
+    except Exception as error:
+        raise CheckpointError(f"upload to {cfg.hf_checkpoint.repo_id}: {_one_line(error)}; try again later") from None
+    print(f"{made} commits made on {cfg.hf_checkpoint.repo_id}, branch {run.name}")
