@@ -144,6 +144,10 @@ def publish(folder: Path, files: dict[str, Writer]) -> None:
     fsync(folder.parent)
 
 
+def mark_latest(folder: Path) -> None:
+    write_text(folder.parent / "latest", f"{folder.name}\n")
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a folder that is no checkpoint out of the way, keeping it."""
     for number in range(1, 10_000):
@@ -172,7 +176,7 @@ class Saver:
     def _work(self, folder: Path, files: dict[str, Writer]) -> None:
         try:
             publish(folder, files)
-            write_text(self.folder / "latest", f"{folder.name}\n")
+            mark_latest(folder)
             prune_training_states(self.folder, self.cfg)
             self.published()
         except BaseException as error:  # raised again in the training thread
@@ -194,7 +198,10 @@ def prune_training_states(checkpoints: Path, cfg: CheckpointingConfig) -> None:
         return
     holders = [folder for folder in step_folders(checkpoints) if (folder / cfg.fabric_checkpoint_dir).is_dir()]
     for folder in holders[cfg.keep_training_states:]:
-        entries = read_manifest(folder)
+        try:
+            entries = read_manifest(folder)
+        except CheckpointError:  # a damaged folder is for find_resumable to judge
+            continue
         _write_manifest(folder, {n: e for n, e in entries.items() if not n.startswith(f"{cfg.fabric_checkpoint_dir}/")})
         shutil.rmtree(folder / cfg.fabric_checkpoint_dir)
 
@@ -251,6 +258,7 @@ def find_resumable(checkpoints: Path, cfg: CheckpointingConfig) -> Iterator[tupl
             yield None, f"{error}; kept as {set_aside(folder).name}"
             continue
         if f"{cfg.fabric_checkpoint_dir}/{cfg.fabric_checkpoint_filename}" in entries:
+            mark_latest(folder)
             yield folder, ""
             return
         yield None, f"{folder}: holds no training state (pruned)"

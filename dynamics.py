@@ -75,7 +75,8 @@ def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig, de
     was_training = model.training
     model.eval()
     try:
-        with taps(layers) as seen, torch.autocast(device.type, enabled=False):
+        # compiled blocks run eagerly meanwhile: their layers' outputs would not be part of the graph
+        with taps(layers) as seen, torch.autocast(device.type, enabled=False), torch.compiler.set_stance("force_eager"):
             for piece, share in _examples(rows, cfg.batch_size):
                 ids = to_device(piece, device)
                 loss = model(ids[:, :-1], ids[:, 1:])

@@ -17,6 +17,7 @@ import pickle
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
             dtype: torch.dtype = torch.float32) -> dict[str, Writer]:
     """The files of a plain Llama folder, {name: writer}, from a plain decoder's state dict."""
     tokenizer, known = load_tokenizer(tokenizer_folder), (tokenizer_folder / "tokenizer.json")
-    eos, pad = tokenizer.eos, tokenizer.pad
+    eos, pad = (i if i is not None and i < cfg.vocab_size else None for i in (tokenizer.eos, tokenizer.pad))
 
     def as_json(value: dict) -> Writer:
         return lambda path: path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -177,16 +178,31 @@ def _check_shapes(state: dict[str, Tensor], cfg: ModelConfig, folder: Path) -> N
         load_model_state(PicoDecoder(cfg), state, folder, copy=False)
 
 
-def _our_config(found: dict, folder: Path) -> ModelConfig:
+def _our_config(found: Any, folder: Path) -> ModelConfig:
+    """The configuration that a Llama config.json describes. Raises CheckpointError for what would compute otherwise."""
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{folder}: config.json is not an object")
+    rope = found.get("rope_parameters") or {}
+    names = {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "vocab_size": "vocab_size",
+             "max_seq_len": "max_position_embeddings", "attention_n_heads": "num_attention_heads",
+             "attention_n_kv_heads": "num_key_value_heads", "activation_hidden_dim": "intermediate_size",
+             "norm_eps": "rms_norm_eps"}
     try:
-        rope = found.get("rope_theta") or found["rope_parameters"]["rope_theta"]
-        return ModelConfig(
-            d_model=found["hidden_size"], n_layers=found["num_hidden_layers"], vocab_size=found["vocab_size"],
-            max_seq_len=found["max_position_embeddings"], attention_n_heads=found["num_attention_heads"],
-            attention_n_kv_heads=found["num_key_value_heads"], activation_hidden_dim=found["intermediate_size"],
-            norm_eps=found["rms_norm_eps"], position_emb_theta=rope)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: config.json is not of a plain Llama ({error} is missing)") from None
+        tree = {ours: found[theirs] for ours, theirs in names.items()}
+        if text := next((key for key, value in tree.items() if isinstance(value, str)), None):
+            raise ConfigError(f"{names[text]} is the text {tree[text]!r}")
+        tree["position_emb_theta"] = found.get("rope_theta") or rope["rope_theta"]
+        cfg = config_from_dict({"model": tree}).model
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder}: config.json is not of a plain Llama ({error})") from None
+    needed = llama_config(cfg, None, None, torch.float32)
+    same = ("model_type", "hidden_act", "tie_word_embeddings", "head_dim", "attention_bias", "mlp_bias")
+    differing = [f"{key} {found[key]!r} instead of {needed[key]!r}" for key in same if found.get(key, needed[key]) != needed[key]]
+    if found.get("rope_scaling") or rope.get("rope_type", "default") != "default":
+        differing.append("scaled rotary positions")
+    if differing:
+        raise CheckpointError(f"{folder}: config.json is not of a model that this lab builds: it has {', '.join(differing)}")
+    return cfg
 
 
 def load_decoder(path: str | Path) -> PicoDecoder:

@@ -104,7 +104,10 @@ def apply_relora(model: nn.Module, cfg: ReLoRAConfig, seed: int = 42) -> None:
 # ---- merge and reset ---------------------------------------------------------------------------------------
 
 def merge_due(step: int, cfg: Config) -> bool:
-    """Whether adapters merge after `step` updates, before the next: where the jagged schedule restarts."""
+    """Whether adapters merge after `step` updates, before the next: where the jagged schedule restarts.
+
+    (In a warm start longer than a cycle the schedule restarts too, without anything to merge.)
+    """
     relora = cfg.model.relora
     if relora is None or relora.lora_only:
         return False
@@ -143,6 +146,7 @@ def reset_optimizer(optimizers: Iterable[torch.optim.Optimizer], model: nn.Modul
     moment whose second moment was pruned would be divided by eps alone. Adam's `step` becomes 0 too, or its bias
     correction would make the next update 1 / sqrt(1 - beta2) too large.
     """
+    optimizers = list(optimizers)
     zeros = entries = 0
     for layer in relora_layers(model).values():
         reset, keep_step = layer.cfg.optimizer_reset, "kept_adam_step" in layer.cfg.reference_faults

@@ -62,6 +62,7 @@ class Trainer:
     uploader: upload.Uploader | None
     progress: Progress
     step: int = 0
+    resumed_at: int | None = None
     model: PicoDecoder | None = None
     wrapped: nn.Module | None = None
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
@@ -82,7 +83,7 @@ def train(cfg: Config, device: torch.device) -> None:
 def loop(t: Trainer, batches: BatchLoader) -> None:
     """Evaluate, snapshot and save; merge; learning rate; accumulate and step; log; until the last step."""
     cfg = t.cfg
-    saved = t.step or None
+    saved = t.resumed_at
     t.folder.start_bar(t.step, cfg.last_step)
     t.progress.start_window(t.step)
     while True:
@@ -191,6 +192,7 @@ def merge(t: Trainer) -> None:
     """Merge, reinitialise and reset; check on one small row that the model computes what it did before."""
     relora, seed = t.cfg.model.relora, t.cfg.training.seed
     before, loss_before = probe(t)
+    scales = [dist.full(layer.scaling.detach()).clone() for layer in relora_layers(t.model).values() if relora.trainable_scaling]
     norm = merge_and_reinit(t.model, seed=seed, step=t.step)
     zeroed = reset_optimizer(t.optimizers, t.model, seed=seed, step=t.step)
     after, loss_after = probe(t)
@@ -199,9 +201,9 @@ def merge(t: Trainer) -> None:
     metrics = {"step": t.step, "relora/reset_count": t.progress.reset_count, "relora/opt_zeroed": zeroed,
                "relora/loss_before": loss_before, "relora/loss_after": loss_after, "relora/logit_change": change,
                "relora/update_norm": norm}
-    if relora.trainable_scaling:
-        scales = torch.cat([dist.full(layer.scaling.detach()) for layer in relora_layers(t.model).values()])
-        metrics |= {"relora/sf_mean": scales.mean().item(), "relora/sf_std": scales.std(correction=0).item()}
+    if scales:
+        metrics |= {"relora/sf_mean": torch.cat(scales).mean().item(),
+                    "relora/sf_std": torch.cat(scales).std(correction=0).item()}
     t.folder.record(metrics)
     t.folder.say(f"step {t.step}: merge {t.progress.reset_count}, norm of the update {norm:.3f}, loss on a small batch "
                  f"{loss_before:.4f} -> {loss_after:.4f}, {zeroed:.2%} of the adapters' moments are 0")
@@ -291,11 +293,12 @@ def setup(cfg: Config, device: torch.device) -> Trainer:
         start = cfg.training.start_from
         weights = export.load_plain(start)[1] if start else None
         build(t, adapters=cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0, weights=weights)
+        folder.rewind_metrics(0)  # of a run that ended before its first checkpoint
         describe(t)
     else:
         adapters = any(name.endswith("lora_A") for name in state["model"])
         build(t, adapters, weights=state["model"], optimizer_state=state["optimizer"])
-        t.step = state["step"]
+        t.step = t.resumed_at = state["step"]
         t.progress.load(state["progress"])
         folder.rewind_metrics(state["metrics_bytes"])
         describe(t)

@@ -57,7 +57,8 @@ class Uploader:
     """Sends the commits of a run. `sync` does so once; `start` does so in a thread whenever `kick`ed."""
 
     def __init__(self, run: Path, cfg: CheckpointingConfig, say: Callable[..., None]):
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, utils
+        utils.disable_progress_bars()
         self.run, self.cfg, self.say, self.api = run, cfg, say, HfApi()
         self.repo, self.branch = cfg.hf_checkpoint.repo_id, run.name
         self.sent: set[str] | None = None  # titles on the branch; None: to be asked

@@ -3,6 +3,8 @@ import torch
 
 import lab
 
+torch.set_num_threads(1)  # threads only get in each other's way on tensors this small
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -168,7 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.action(f"AFTER {title}") == "drop":  # the commit was made, but its answer is lost
             self.close_connection = True
             return self.connection.close()
-        self._json({"commitUrl": f"{self.hub.url}/commit/1", "commitOid": "1", "hookOutput": "", "pullRequestUrl": None})
+        url = f"{self.hub.url}/{repo.removeprefix('models/')}/commit/1"
+        self._json({"commitUrl": url, "commitOid": "1", "hookOutput": "", "pullRequestUrl": None})
 
     @staticmethod
     def _info(path: str, data: bytes) -> dict:

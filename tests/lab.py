@@ -23,6 +23,7 @@ import dist
 from shards import write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
+ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # one thread, as conftest sets here: the same bits, and faster
 IN_TURN = """
 import json, sys
 import dist, train
@@ -83,7 +84,7 @@ def start(command: str, *words: object, ranks: int = 0, env: dict[str, str] | No
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen([*launcher, str(ROOT / command), *map(str, words)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})})
+                            env={**os.environ, **ENV, **(env or {})})
 
 
 def run(command: str, *words: object, ranks: int = 0, timeout: float = 180, code: int | None = 0,

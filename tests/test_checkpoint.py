@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import threading
 
 import numpy as np
@@ -18,6 +17,7 @@ from relora import apply_relora
 from train import make_optimizers
 
 STATE = "training_state/checkpoint.pt"
+MANIFEST = "manifest.json"
 CFG = CheckpointingConfig()
 
 
@@ -28,12 +28,18 @@ def files(number):
             "learning_dynamics/train_weights.pt": torch_writer({"layers.0": torch.arange(number + 50)})}
 
 
+def saver(run, **options):
+    return Saver(CheckpointingConfig(**options), run)
+
+
 @pytest.fixture
 def steps(tmp_path):
     """Complete checkpoints of steps 0, 9 and 10: by name 9 would be the newest."""
+    keeper = saver(tmp_path)
     for number in (0, 9, 10):
-        publish(tmp_path / f"step_{number}", files(number))
-    return tmp_path
+        keeper.save(number, files(number))
+    keeper.wait()
+    return keeper.folder
 
 
 def found_in(checkpoints, cfg=CFG):
@@ -49,7 +55,7 @@ def bytes_below(folder):
 
 def test_a_manifest_lists_every_file_as_it_is(steps):
     content = bytes_below(steps / "step_9")
-    listed = json.loads(content.pop("manifest.json"))["files"]
+    listed = json.loads(content.pop(MANIFEST))["files"]
     assert listed == {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
                       for name, data in content.items()}
     assert set(listed) == set(files(9))
@@ -91,57 +97,32 @@ def test_a_checkpoint_in_the_way_is_kept_aside(steps):
 
 # ---- finding -----------------------------------------------------------------------------------------------------
 
-def flip(folder):
-    data = bytearray((folder / STATE).read_bytes())
-    data[len(data) // 2] ^= 1
-    (folder / STATE).write_bytes(data)
+def replace(old, new):
+    return lambda data: data.replace(old, new)
 
 
-def truncate(folder):
-    (folder / STATE).write_bytes((folder / STATE).read_bytes()[:-1])
+DAMAGE = {  # what happens to a file's bytes; None: it goes
+    "a flipped bit": (STATE, lambda data: data[:300] + bytes([data[300] ^ 1]) + data[301:]),
+    "a truncated file": (STATE, lambda data: data[:-1]), "a missing file": (STATE, None),
+    "no manifest": (MANIFEST, None), "half a manifest": (MANIFEST, lambda data: data[:len(data) // 2]),
+    "an entry that climbs": (MANIFEST, replace(b"config.json", b"../step_9/config.json")),
+    "an absolute entry": (MANIFEST, replace(b"config.json", b"/etc/hostname")),
+    "an entry without a size": (MANIFEST, replace(b'"size"', b'"length"'))}
 
 
-def remove(folder):
-    (folder / STATE).unlink()
+def damage(folder, what="a flipped bit"):
+    name, change = DAMAGE[what]
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if change is not None:
+        assert change(data) != data
+        (folder / name).write_bytes(change(data))
+    return name
 
 
-def empty(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-def halve_manifest(folder):
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text[:len(text) // 2])
-
-
-def entries(change):
-    def damage(folder):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        change(manifest["files"])
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-    damage.__name__ = change.__name__
-    return damage
-
-
-def climbing_entry(listed):
-    listed["../step_9/config.json"] = listed.pop("config.json")
-
-
-def absolute_entry(listed):
-    listed["/etc/hostname"] = listed.pop("config.json")
-
-
-def entry_without_size(listed):
-    del listed["config.json"]["size"]
-
-
-@pytest.mark.parametrize(("damage", "named"), [
-    (flip, STATE), (truncate, STATE), (remove, STATE), (empty, "manifest.json"), (halve_manifest, "manifest.json"),
-    *((entries(change), "manifest.json") for change in (climbing_entry, absolute_entry, entry_without_size))],
-    ids=lambda value: getattr(value, "__name__", None))
-def test_the_newest_sound_checkpoint_is_found_and_a_damaged_one_kept(steps, damage, named):
-    damage(steps / "step_10")
+@pytest.mark.parametrize("what", DAMAGE)
+def test_the_newest_sound_checkpoint_is_found_and_a_damaged_one_kept(steps, what):
+    named = damage(steps / "step_10", what)
     before = bytes_below(steps / "step_10")
     with pytest.raises(CheckpointError, match=named):
         verify(steps / "step_10")
@@ -152,25 +133,28 @@ def test_the_newest_sound_checkpoint_is_found_and_a_damaged_one_kept(steps, dama
     assert found_in(steps) == (steps / "step_9", [])
 
 
+def test_an_empty_folder_is_no_checkpoint(steps):
+    (steps / "step_11").mkdir()
+    newest, complaints = found_in(steps)
+    assert newest == steps / "step_10"
+    assert len(complaints) == 1 and "step_11" in complaints[0] and MANIFEST in complaints[0]
+
+
 def test_latest_names_a_step_that_is_there_after_the_newest_was_kept_aside(steps):
-    flip(steps / "step_10")
+    damage(steps / "step_10")
     found_in(steps)
     assert (steps / "latest").read_text() == "step_9\n"
 
 
 def test_nothing_is_found_where_nothing_is_sound(steps, tmp_path):
     for number in (0, 9, 10):
-        flip(steps / f"step_{number}")
+        damage(steps / f"step_{number}")
     newest, complaints = found_in(steps)
     assert newest is None and len(complaints) == 3
     assert found_in(tmp_path / "nowhere") == (None, [])
 
 
 # ---- pruning -----------------------------------------------------------------------------------------------------
-
-def saver(folder, **options):
-    return Saver(CheckpointingConfig(checkpoints_dir="checkpoints", **options), folder)
-
 
 def test_old_training_states_are_pruned_and_nothing_else(tmp_path):
     keeper = saver(tmp_path, keep_training_states=2)
@@ -180,9 +164,9 @@ def test_old_training_states_are_pruned_and_nothing_else(tmp_path):
     for number in (0, 5, 10, 15):
         folder = tmp_path / f"checkpoints/step_{number}"
         verify(folder)
-        expected = set(files(number)) - ({STATE} if number < 10 else set()) | {"manifest.json"}
+        expected = set(files(number)) - ({STATE} if number < 10 else set()) | {MANIFEST}
         assert set(bytes_below(folder)) == expected
-    flip(tmp_path / "checkpoints/step_15")
+    damage(tmp_path / "checkpoints/step_15")
     assert found_in(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints/step_10"
 
 
@@ -190,7 +174,7 @@ def test_pruning_passes_over_a_damaged_folder(tmp_path):
     keeper = saver(tmp_path, keep_training_states=1)
     keeper.save(0, files(0))
     keeper.wait()
-    halve_manifest(tmp_path / "checkpoints/step_0")
+    damage(tmp_path / "checkpoints/step_0", "half a manifest")
     keeper.save(5, files(5))
     keeper.wait()  # an old folder's damage is no reason to stop a run
     assert found_in(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints/step_5"

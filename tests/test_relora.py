@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from config import Config, ConfigError, ModelConfig, OptimizerResetConfig, ReLoRAConfig, config_from_dict
+from config import Config, ConfigError, ModelConfig, ReLoRAConfig, config_from_dict
 from model import PicoDecoder
 from relora import (ReLoRALinear, apply_relora, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state,
                     relora_layers, reset_optimizer)

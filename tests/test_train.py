@@ -39,16 +39,20 @@ def broken(model, ids, labels=None, **options):
     loss = forward(model, ids, labels, **options)
     return loss * math.nan if model.training and calls == 13 and os.environ["RANK"] == "1" else loss  # in update 7
 
-PicoDecoder.forward = broken
+loop = train.loop
+
+def checked(t, *others):
+    loop(t, *others)
+    weights = [dist.full(p.detach()) for p in t.model.parameters()]
+    assert all(w.isfinite().all() for w in weights), "weights are not finite"
+    digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()
+    assert len(set(dist.gather(digest))) == 1, "weights differ between the ranks"
+
+PicoDecoder.forward, train.loop = broken, checked
 with dist.session("cpu") as device:
     for path, *words in json.loads(sys.argv[1]):
         calls = 0
-        t = train.setup(load_config(path, words), device)
-        train.loop(t)
-        weights = [dist.full(p.detach()) for p in t.model.parameters()]
-        assert all(w.isfinite().all() for w in weights), "weights are not finite"
-        digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()
-        assert len(set(dist.gather(digest))) == 1, "weights differ between the ranks"
+        train.train(load_config(path, words), device)
 """
 
 
@@ -257,6 +261,21 @@ def test_a_run_that_stops_early_continues_the_same_schedule(worlds, here):
     assert list(here.metrics("stops")) == list(range(1, 8))
     assert "resumed at step 7" in here.train("stops", "training.stop_at_step=13")
     assert here.metrics("stops") == {s: loss for s, loss in worlds.metrics("single").items() if s <= 13}
+
+
+def test_a_run_killed_after_its_first_checkpoint_starts_over_from_it(worlds):
+    worlds.copy("single", "from-zero", 0)
+    assert "resumed at step 0" in worlds.train("from-zero")
+    for key in ("train/loss", "eval/val_loss"):
+        assert worlds.metrics("from-zero", key) == worlds.metrics("single", key)
+    assert not list((worlds.folder / "from-zero").rglob("*.aside*")), "a sound checkpoint was written again"
+
+
+def test_a_run_without_a_checkpoint_starts_its_record_anew(worlds):
+    worlds.copy("single", "anew", -1)
+    assert "resumed" not in worlds.train("anew")
+    for key in ("train/loss", "eval/val_loss"):
+        assert worlds.metrics("anew", key) == worlds.metrics("single", key)
 
 
 def test_the_record_holds_what_is_promised(worlds):
