@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import socket
 import threading
 import time
 import urllib.parse
@@ -79,6 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def _drop(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)  # close alone leaves the client waiting: rfile still holds the socket
+
     def _answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
@@ -97,8 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(self.hub.latency)
         action = self.hub.action(line)
         if action == "drop":
-            self.close_connection = True
-            return self.connection.close()
+            return self._drop()
         if isinstance(action, int):
             return self._answer(action, b"busy", {"Retry-After": str(self.hub.retry_after)} if action in (429, 503) else {})
         path = urllib.parse.unquote(self.path.split("?")[0])
@@ -166,8 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         title = next(line["value"]["summary"] for line in lines if line["key"] == "header")
         self.hub.commits[repo, branch].append({"title": title, "files": files})
         if self.hub.action(f"AFTER {title}") == "drop":  # the commit was made, but its answer is lost
-            self.close_connection = True
-            return self.connection.close()
+            return self._drop()
         url = f"{self.hub.url}/{repo.removeprefix('models/')}/commit/1"
         self._json({"commitUrl": url, "commitOid": "1", "hookOutput": "", "pullRequestUrl": None})
 
@@ -201,6 +204,5 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             if action == "truncate":
                 self.wfile.write(body[:len(body) // 2])
-                self.close_connection = True
-                return self.connection.close()
+                return self._drop()
             self.wfile.write(body)

@@ -196,7 +196,8 @@ def metrics(run_folder: Path, key: str = "train/loss") -> dict[int, float]:
     """{step: value} of one key of metrics.jsonl, which must be strict JSON without a step told twice."""
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} in metrics.jsonl")
-    lines = [json.loads(line, parse_constant=refuse) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    text = (run_folder / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
     found = [(line["step"], line[key]) for line in lines if key in line]
     assert len(dict(found)) == len(found), f"a step of {key} is told twice"
     return dict(found)

@@ -51,7 +51,7 @@ def bytes_below(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- publishing ------------------------------------------------------------------------------------------------
+# ---- publishing ----------------------------------------------------------------------------------------------
 
 def test_a_manifest_lists_every_file_as_it_is(steps):
     content = bytes_below(steps / "step_9")
@@ -95,7 +95,7 @@ def test_a_checkpoint_in_the_way_is_kept_aside(steps):
     assert bytes_below(steps / "step_9.aside-1") == before
 
 
-# ---- finding -----------------------------------------------------------------------------------------------------
+# ---- finding -------------------------------------------------------------------------------------------------
 
 def replace(old, new):
     return lambda data: data.replace(old, new)
@@ -154,7 +154,7 @@ def test_nothing_is_found_where_nothing_is_sound(steps, tmp_path):
     assert found_in(tmp_path / "nowhere") == (None, [])
 
 
-# ---- pruning -----------------------------------------------------------------------------------------------------
+# ---- pruning -------------------------------------------------------------------------------------------------
 
 def test_old_training_states_are_pruned_and_nothing_else(tmp_path):
     keeper = saver(tmp_path, keep_training_states=2)
@@ -180,7 +180,7 @@ def test_pruning_passes_over_a_damaged_folder(tmp_path):
     assert found_in(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints/step_5"
 
 
-# ---- the saver's thread --------------------------------------------------------------------------------------------
+# ---- the saver's thread --------------------------------------------------------------------------------------
 
 def test_an_error_in_the_thread_is_raised_at_the_next_wait_and_once(tmp_path):
     def fail(path):
@@ -195,7 +195,7 @@ def test_an_error_in_the_thread_is_raised_at_the_next_wait_and_once(tmp_path):
     assert found_in(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step_5", [])
 
 
-# ---- the state -------------------------------------------------------------------------------------------------------
+# ---- the state -----------------------------------------------------------------------------------------------
 
 def trained(dataset, optimizer, seed, updates):
     """A ReLoRA model and its optimizers after some updates."""

@@ -40,7 +40,8 @@ def made(request, dataset):
 
 
 def snapshot(model, rows, **options):
-    return dynamics.snapshot(model, rows, LearningDynamicsConfig(layer_suffixes=SUFFIXES, **options), torch.device("cpu"))
+    options = LearningDynamicsConfig(layer_suffixes=SUFFIXES, **options)
+    return dynamics.snapshot(model, rows, options, torch.device("cpu"))
 
 
 def ids_of(rows):
@@ -69,8 +70,8 @@ def outputs_of(plain, ids):
 
     def rotate(x):
         angles = torch.arange(T)[:, None] * cfg.position_emb_theta ** (-torch.arange(0, size, 2).double() / size)
-        turned = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous()) * torch.polar(torch.ones_like(angles), angles)
-        return torch.view_as_real(turned).flatten(-2)
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
     found, x = {}, w["embedding_proj.weight"][ids]
     for i in range(cfg.n_layers):
@@ -94,7 +95,7 @@ def assert_close(found, expected, relative):
     assert (found - expected).abs().max() <= relative * expected.abs().max()
 
 
-# ---- the numbers -----------------------------------------------------------------------------------------------
+# ---- the numbers ---------------------------------------------------------------------------------------------
 
 def test_gradients_are_those_of_the_merged_unfrozen_model(made):
     model, _, plain, rows = made
@@ -162,7 +163,7 @@ def test_a_snapshot_leaves_no_trace(made, training):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-# ---- the files of a run --------------------------------------------------------------------------------------------
+# ---- the files of a run --------------------------------------------------------------------------------------
 
 def load(worlds, name, step, split, kind):
     return torch.load(worlds.folder / name / f"checkpoints/step_{step}/learning_dynamics/{split}_{kind}.pt")
@@ -171,7 +172,8 @@ def load(worlds, name, step, split, kind):
 @pytest.mark.parametrize(("split", "examples"), [("train", 8), ("val", 12)])
 def test_files_are_as_pico_analyze_reads_them(worlds, split, examples):
     outs = {"attention.v_proj": (16, 32), "attention.o_proj": (32, 32), "swiglu.w_2": (32, 64)}
-    activations, weights, gradients = (load(worlds, "single", 10, split, k) for k in ("activations", "weights", "gradients"))
+    activations, weights, gradients = (load(worlds, "single", 10, split, kind)
+                                       for kind in ("activations", "weights", "gradients"))
     assert sorted(activations) == sorted(LAYERS)
     for name in LAYERS:
         shape = outs[name.split(".", 2)[2]]
@@ -183,9 +185,9 @@ def test_files_are_as_pico_analyze_reads_them(worlds, split, examples):
 
 @pytest.mark.parametrize("step", [0, 10])
 def test_the_train_snapshot_is_taken_on_the_batch_that_comes_next(worlds, dataset, step):
-    found = load(worlds, "single", step, "train", "data")["input_ids"]
-    assert torch.equal(found, ids_of(TokenDataset(dataset).rows(step * 8, 8)))
-    assert torch.equal(load(worlds, "single", step, "val", "data")["input_ids"], ids_of(TokenDataset(dataset, "val").rows(0, 12)))
+    train, val = (load(worlds, "single", step, split, "data")["input_ids"] for split in ("train", "val"))
+    assert torch.equal(train, ids_of(TokenDataset(dataset).rows(step * 8, 8)))
+    assert torch.equal(val, ids_of(TokenDataset(dataset, "val").rows(0, 12)))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -18,6 +18,7 @@ from model import PicoDecoder
 from relora import apply_relora, relora_layers
 
 CPU = torch.device("cpu")
+NO_SNAPSHOTS = "checkpointing.learning_dynamics=null"
 
 
 @pytest.fixture(params=["full-rank", "relora"])
@@ -98,9 +99,9 @@ def test_the_losses_of_a_run_are_those_of_the_checkpoint_and_kept_beside_it(worl
 
 
 @pytest.mark.parametrize(("words", "key", "fix"), [
-    (["evaluation.metrics=[val]", "checkpointing.learning_dynamics=null"], "evaluation.metrics", "null"),
+    ([NO_SNAPSHOTS, "evaluation.metrics=[val]"], "evaluation.metrics", "null"),
     (["evaluation.metrics=null"], "checkpointing.learning_dynamics.eval_data", "null"),
-    (["evaluation.metrics=[paloma]", "checkpointing.learning_dynamics=null", "evaluation.paloma.dataset_name=no/folder/here"],
+    ([NO_SNAPSHOTS, "evaluation.metrics=[paloma]", "evaluation.paloma.dataset_name=no/folder/here"],
      "evaluation.paloma.dataset_name", "shards.py")], ids=["val", "eval_data", "paloma"])
 def test_missing_evaluation_data_is_an_error_at_the_start(dataset, tmp_path, words, key, fix):
     without_val = tmp_path / "without_val"

@@ -1,6 +1,7 @@
 """Whole runs, as a user starts them: the same run on any ranks, merges, warm starts, optimizers, refusals."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from model import PicoDecoder
 QUICK = ("evaluation.metrics=null", "checkpointing.learning_dynamics=null")
 BARE = (*QUICK, "checkpointing.save_every_n_steps=1000")
 DDP, FSDP = (("training.strategy=ddp", lab.HALF), ("training.strategy=fsdp", lab.HALF))
+SHORT = "training.stop_at_step=10"
 WARM = "model.relora.warm_start_steps=6"
 
 BROKEN_MERGE = """
@@ -73,8 +75,9 @@ def pair(worlds):
     worlds.copy("single", "single-to-ddp", 10)
     worlds.copy("ddp", "ddp-to-fsdp", 10)
     worlds.train_in_turn(
-        ("single-to-ddp", *DDP, *BARE), ("ddp-to-fsdp", *FSDP, *BARE), ("ddp-bare", *DDP, *BARE),
-        ("fsdp-muon", *FSDP, *BARE, "training.optimization.optimizer=muon"), ("ddp-warm", *DDP, *BARE, WARM),
+        ("single-to-ddp", *DDP, *BARE), ("ddp-to-fsdp", *FSDP, *BARE),
+        ("fsdp-muon", *FSDP, *BARE, SHORT, "training.optimization.optimizer=muon"),
+        ("ddp-bare", *DDP, *BARE), ("ddp-warm", *DDP, *BARE, WARM),
         *(("ddp-warm-" + stop, *DDP, *QUICK, WARM, *words) for stop in ("5", "10")
           for words in ([f"training.stop_at_step={stop}"], [])), ranks=2)
     return worlds
@@ -123,7 +126,7 @@ def test_snapshots_evaluation_and_checkpoints_change_nothing(worlds, pair, here)
     assert not list((here.folder / "bare").rglob("learning_dynamics"))
 
 
-# ---- merges ---------------------------------------------------------------------------------------------------
+# ---- merges --------------------------------------------------------------------------------------------------
 
 def test_merges_come_at_multiples_of_the_reset_frequency_and_are_recorded(worlds):
     assert worlds.metrics("single", "relora/reset_count") == {5: 1, 10: 2, 15: 3}
@@ -165,7 +168,7 @@ def test_a_trained_scaling_is_recorded_as_it_was_merged(here):
     assert here.metrics("scaling", "relora/sf_std")[5] == pytest.approx(scalings.std(correction=0).item(), abs=1e-6)
 
 
-# ---- warm starts ------------------------------------------------------------------------------------------------
+# ---- warm starts ---------------------------------------------------------------------------------------------
 
 def test_a_warm_start_ends_in_fewer_trained_parameters_and_no_jump(warm, worlds):
     log = (warm.folder / "warm/logs/train.log").read_text()
@@ -194,7 +197,7 @@ def test_a_run_starts_from_the_weights_of_another(worlds, here):
     assert here.metrics("second")[1] < worlds.metrics("single")[1] - 1
 
 
-# ---- optimizers -------------------------------------------------------------------------------------------------
+# ---- optimizers ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e-2), ("adam", 1e-2), ("sgd", 0.1), ("muon", 1e-2)])
 def test_every_optimizer_learns_across_merges(here, optimizer, lr):
@@ -203,7 +206,7 @@ def test_every_optimizer_learns_across_merges(here, optimizer, lr):
     assert list(here.metrics(optimizer, "relora/reset_count")) == [5, 10, 15]
 
 
-def test_muon_learns_on_sharded_parameters(pair, here):
+def test_muon_learns_on_sharded_parameters(pair):
     falls(pair.metrics("fsdp-muon"))
 
 
@@ -230,14 +233,15 @@ def test_gradients_are_clipped_as_torch_clips_them(here, optimizer):
             update.zero_grad()
         return max((found[name] - tensor).abs().max().item() for name, tensor in model.state_dict().items())
 
-    assert oracle(0.05) < 1e-5 < 1e-4 < oracle(1e9)
+    assert oracle(0.05) < 1e-5
+    assert oracle(1e9) > 1e-4, "clipping makes a difference"
 
 
-# ---- losses that are not finite -----------------------------------------------------------------------------------
+# ---- losses that are not finite ------------------------------------------------------------------------------
 
 def test_all_ranks_skip_what_is_not_finite_on_one(here):
     names = {"nan-ddp": DDP, "nan-fsdp": FSDP}
-    here.train_in_turn(*((name, *words, *BARE) for name, words in names.items()), ranks=2, script=NAN_ON_RANK_1)
+    here.train_in_turn(*((name, *words, *BARE, SHORT) for name, words in names.items()), ranks=2, script=NAN_ON_RANK_1)
     for name in names:
         losses = here.metrics(name)
         assert [step for step, loss in losses.items() if loss is None] == [7]
@@ -254,7 +258,7 @@ def test_a_run_whose_every_loss_is_not_finite_stops_and_says_why(here):
     assert here.metrics("hopeless", "trainer/inf_or_nan_count") == {1: 0, 2: 0, 3: 1, 4: 2}
 
 
-# ---- the schedule, the record and compiled blocks ---------------------------------------------------------------------
+# ---- the schedule, the record and compiled blocks ------------------------------------------------------------
 
 def test_a_run_that_stops_early_continues_the_same_schedule(worlds, here):
     assert "resumed" not in here.train("stops", "training.stop_at_step=7")
@@ -285,7 +289,7 @@ def test_the_record_holds_what_is_promised(worlds):
             "trainer/inf_or_nan_count", "tokens_per_second"} <= set.intersection(*map(set, steps))
     assert [line["tokens"] for line in steps] == [step * 8 * 16 for step in range(1, 21)]
     assert [line["step"] for line in lines if "eval/val_loss" in line] == [0, 5, 10, 15, 20]
-    assert all(torch.tensor(line["train/loss"]).exp().item() == pytest.approx(line["train/perplexity"]) for line in steps)
+    assert all(math.exp(line["train/loss"]) == pytest.approx(line["train/perplexity"]) for line in steps)
     assert json.loads((worlds.folder / "single/exit.json").read_text()) == {"code": 0, "reason": "finished", "step": 20}
 
 
@@ -309,7 +313,7 @@ def test_compiled_blocks_train_as_the_plain_ones_do(here):
     close(here.metrics("compiled"), here.metrics("plain"), abs=1e-4)
 
 
-# ---- what a run refuses, and what it survives ---------------------------------------------------------------------------
+# ---- what a run refuses, and what it survives ----------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def done(here):
