@@ -110,9 +110,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.lfs[path.removeprefix("/lfs/")] = body
             return self._answer(200)
         if path.endswith(".git/info/lfs/objects/batch"):
-            return self._json({"transfer": "basic", "objects": [
-                {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}}
-                for o in json.loads(body)["objects"]]})
+            objects = [{"oid": o["oid"], "size": o["size"]} for o in json.loads(body)["objects"]]
+            for o in objects:
+                if o["oid"] not in self.hub.lfs:  # what is there already need not come again
+                    o["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}
+            return self._json({"transfer": "basic", "objects": objects})
         if path.startswith("/api/"):
             return self._api(path.removeprefix("/api/"), body)
         repo, _, rest = path.removeprefix("/").partition("/resolve/")
