@@ -11,7 +11,7 @@ demo: .venv/.installed
 	$(BIN)/python sample.py runs/demo --prompt "def " --prompt "import " --tokens 120
 	@echo
 	@echo "runs/demo, with the last of its checkpoints opened:"
-	@find runs/demo \( -path '*/step_*' -a ! -path '*/step_750*' -a ! -name '*.json' \) -prune -print -o -print \
+	@find runs/demo -name '.?*' -prune -o \( -path '*/step_*' -a ! -path '*/step_750*' -a ! -name '*.json' \) -prune -print -o -print \
 		| sort | sed -e 's;[^/]*/;   ;g'
 	@echo
 	@echo "Next, try:"
@@ -20,7 +20,7 @@ demo: .venv/.installed
 	@echo "   less runs/demo/metrics.jsonl                            # the record of the run"
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 clean:
 	rm -rf data/stdlib runs/demo

@@ -122,3 +122,9 @@ def _add_weights(result: dict[str, dict[str, Tensor]], name: str, layer: nn.Modu
     if layer.weight is not None:
         weights[f"{name}.base"] = host(layer.weight)
     gradients |= {f"{name}.lora_A": scale * (B.T @ gradient), f"{name}.lora_B": scale * (gradient @ A.T)}
+
+
+def optimizer_states(state: dict[str, dict], suffixes: list[str]) -> dict[str, Tensor]:
+    """{parameter.key: tensor} of the chosen layers, such as layers.0.swiglu.w_2.lora_A.exp_avg, from gathered states."""
+    return {f"{name.removesuffix('.weight')}.{key}": value for name, values in state.items()
+            if any(name.rpartition(".")[0].endswith(suffix) for suffix in suffixes) for key, value in values.items()}

@@ -66,3 +66,11 @@ def records(path: Path) -> list[dict]:
     """Every row of a small parquet file as a dict."""
     import pyarrow.parquet as arrow_parquet
     return arrow_parquet.read_table(path).to_pylist()
+
+
+def write_rows(path: Path, rows: np.ndarray) -> None:
+    """Token rows (N, row_length) as a parquet file in the layout that convert_parquet reads."""
+    import pyarrow as arrow
+    import pyarrow.parquet as arrow_parquet
+    column = arrow.FixedSizeListArray.from_arrays(arrow.array(rows.astype(np.int32).ravel()), rows.shape[1])
+    arrow_parquet.write_table(arrow.table({"input_ids": column.cast(arrow.list_(arrow.int32()))}), path)

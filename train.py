@@ -106,6 +106,9 @@ def loop(t: Trainer, batches: BatchLoader) -> None:
                 merge(t)
         set_learning_rate(t)
         train_step(t, batch)
+        rows = cfg.data.dataloader.batch_size
+        if (epoch := t.dataset.epoch(t.step, rows)) > t.dataset.epoch(t.step - 1, rows):
+            t.folder.say(f"step {t.step}: epoch {epoch + 1} of the data has begun")
         if t.step % cfg.monitoring.logging.log_every_n_steps == 0 or t.step == cfg.last_step:
             log(t, batches)
         t.folder.advance()
@@ -181,9 +184,6 @@ def log(t: Trainer, batches: BatchLoader) -> None:
     t.folder.say(f"step {t.step}: {loss}, learning rate {rate:.2e}, gradient norm {window.grad_norm:.3f}, "
                  f"{speed:,.0f} tokens/s")
     t.folder.advance(loss=loss.removeprefix("loss "), lr=f"{rate:.1e}", tok_s=f"{speed:,.0f}")
-    epoch = t.dataset.epoch(t.step, rows)
-    if epoch > t.dataset.epoch(t.step - int(window.steps), rows):
-        t.folder.say(f"step {t.step}: epoch {epoch + 1} of the data has begun")
 
 
 # ---- merging -------------------------------------------------------------------------------------------------
@@ -248,11 +248,16 @@ def save(t: Trainer, whole: bool = True) -> None:
         sources = {"train": t.dataset.batch(t.step, t.cfg.data.dataloader.batch_size), "val": t.evaluation.snapshot_rows}
         for split, rows in sources.items():
             if rows is not None:
-                for kind, tensors in dynamics.snapshot(t.model, rows, c.learning_dynamics, t.device).items():
-                    files[f"{c.learning_dynamics_dir}/{split}_{kind}.pt"] = checkpoint.torch_writer(tensors)
+                snapshot = dynamics.snapshot(t.model, rows, c.learning_dynamics, t.device)
+                snapshot["data"]["text"] = [t.evaluation.tokenizer.decode(r) for r in snapshot["data"]["input_ids"].tolist()]
+                files |= {f"{c.learning_dynamics_dir}/{split}_{kind}.pt": checkpoint.torch_writer(tensors)
+                          for kind, tensors in snapshot.items()}
                 reshard(t.model)
     state = checkpoint.gather_state(t.model, t.optimizers)
     if dist.rank() == 0:
+        if whole and c.learning_dynamics is not None and c.learning_dynamics.optimizer_states:
+            moments = dynamics.optimizer_states(state["optimizer"], c.learning_dynamics.layer_suffixes)
+            files[f"{c.learning_dynamics_dir}/train_optimizer.pt"] = checkpoint.torch_writer(moments)
         state |= {"step": t.step, "config": config.to_dict(t.cfg), "progress": t.progress.state(),
                   "data": t.dataset.state | {"next_row": t.step * t.cfg.data.dataloader.batch_size},
                   "random": {"seed": t.cfg.training.seed},  # with the step, all that randomness follows from

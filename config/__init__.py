@@ -215,6 +215,7 @@ class LearningDynamicsConfig:
     batch_size: int = 8  # rows a forward of the snapshot; bounds its memory, not its size
     eval_data: str | None = "pico-lm/pretokenized-paloma-tinsy"  # of the val snapshot: Hub name, folder, or val
     max_rows: int | None = None  # (ours) rows of a snapshot; null: the whole batch, all of eval_data
+    optimizer_states: bool = False  # (ours) also keep the optimizer's state of these layers
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 import lab
-from config import config_from_dict
-from data import TokenDataset
-from evaluate import row_losses, rows_metrics
-from export import load_decoder
+from blimp import Pair, load_pairs
+from checkpoint import publish
+from config import BlimpConfig, ConfigError, ModelConfig, config_from_dict
+from data import TokenDataset, load_tokenizer
+from evaluate import evaluate_blimp, row_losses, rows_metrics
+from export import load_decoder, writers
 from model import PicoDecoder
 from relora import apply_relora, relora_layers
 
@@ -121,3 +125,109 @@ def test_rows_longer_than_the_model_reads_are_cut(dataset, tmp_path):
     assert torch.equal(torch.load(folder / "learning_dynamics/val_data.pt")["input_ids"], expected)
     losses = row_losses(load_decoder(folder), expected.numpy(), 4, CPU)
     assert runs.metrics("run", "eval/paloma_loss")[0] == pytest.approx(losses.sum() / (3 * 16), rel=1e-5)
+
+
+# ---- against transformers ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A decoder with a real tokenizer's vocabulary as a folder that transformers loads: (folder, model of ours, theirs)."""
+    from transformers import AutoModelForCausalLM
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "words").mkdir()
+    source = lab.SHARED / "tokenizer" / "tokenizer.json"
+    (folder / "words" / "tokenizer.json").write_bytes(source.read_bytes() if source.exists() else word_tokenizer())
+    vocab = load_tokenizer(folder / "words").vocab_size
+    torch.manual_seed(0)
+    cfg = ModelConfig(d_model=48, n_layers=2, vocab_size=vocab, max_seq_len=2048, attention_n_heads=6,
+                      attention_n_kv_heads=2, activation_hidden_dim=64)
+    publish(folder / "model", writers(PicoDecoder(cfg).state_dict(), cfg, folder / "words"))
+    return folder / "model", load_decoder(folder / "model"), AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
+def word_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = "the cat cats sees see dogs dog . <|endoftext|> [UNK]".split()
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer.to_str().encode()
+
+
+def made_pairs(count=60):
+    made = random.Random(0)
+    words = "the cat cats sees see dogs dog".split()
+
+    def sentence():
+        return " ".join(made.choices(words, k=made.randint(1, 12))) + "."
+    return [Pair(f"uid_{i % 3}", f"term_{i % 2}", sentence(), sentence()) for i in range(count)] + \
+        [Pair("uid_0", "term_0", "the cat.", "the cat.")]  # a tie
+
+
+@pytest.mark.parametrize("with_start", [False, True])
+def test_blimp_agrees_with_transformers_pair_by_pair(exported, with_start):
+    from transformers import AutoTokenizer
+    folder, ours, theirs = exported
+    zipped = lab.SHARED / "blimp" / "BLiMP.zip"
+    pairs = made_pairs() + (load_pairs(BlimpConfig(str(zipped), samples_per_set=4)) if zipped.exists() else [])
+    tokenizer, words = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    start = tokenizer.eos if with_start else None
+
+    @torch.no_grad()
+    def log_probability(text):
+        ids = torch.tensor([([start] if with_start else []) + words(text, add_special_tokens=False).input_ids])
+        log_p = theirs(ids).logits.double().log_softmax(-1)
+        return log_p[0, :-1].gather(1, ids[0, 1:, None]).sum().item()
+    margins = [log_probability(p.good) - log_probability(p.bad) for p in pairs]
+    result = evaluate_blimp(ours, pairs, tokenizer, start, 4, CPU)
+    assert result["start_token"] == start and result["pairs"] == len(pairs)
+    clear = [abs(margin) > 1e-4 or p.good == p.bad for margin, p in zip(margins, pairs)]
+    assert all(clear), "the pairs were meant to be decided"
+    for key, field in (("by_uid", "uid"), ("by_term", "term")):
+        for name, accuracy in result[key].items():
+            hits = [margin > 0 for margin, p in zip(margins, pairs) if getattr(p, field) == name]
+            assert accuracy == pytest.approx(sum(hits) / len(hits)), name
+    assert result["accuracy"] == pytest.approx(sum(m > 0 for m in margins) / len(margins))
+
+
+def test_row_losses_agree_with_transformers(exported):
+    _, ours, theirs = exported
+    sample = lab.SHARED / "pretokenized-paloma-sample" / "data" / "val-00000-of-00001.parquet"
+    if sample.exists():
+        import pyarrow.parquet
+        rows = np.array(pyarrow.parquet.read_table(sample)["input_ids"].to_pylist()[:3])
+    else:
+        rows = np.random.default_rng(0).integers(ours.cfg.vocab_size, size=(3, 2048))
+    got = row_losses(ours, rows.astype(np.uint16), 2, CPU) / (rows.shape[1] - 1)
+    with torch.no_grad():
+        want = [theirs(input_ids=ids[None], labels=ids[None]).loss.item() for ids in torch.from_numpy(rows)]
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_blimp_reads_folders_and_zips_and_chooses_by_glob(tmp_path):
+    (tmp_path / "blimp").mkdir()
+    with zipfile.ZipFile(tmp_path / "blimp.zip", "w") as archive:
+        for uid in ("alpha", "beta_1", "beta_2"):
+            text = "\n".join(json.dumps({"UID": uid, "linguistics_term": "t", "sentence_good": f"good {i}",
+                                         "sentence_bad": f"bad {i}"}) for i in range(5))
+            archive.writestr(f"data/{uid}.jsonl", text)
+            archive.writestr(f"__MACOSX/data/._{uid}.jsonl", b"\x00\xff")
+            (tmp_path / "blimp" / f"{uid}.jsonl").write_text(text)
+    for name in ("blimp", "blimp.zip"):
+        found = load_pairs(BlimpConfig(str(tmp_path / name), metric_uids=["beta*"], samples_per_set=2))
+        assert [(p.uid, p.good) for p in found] == [(u, f"good {i}") for u in ("beta_1", "beta_2") for i in (0, 1)]
+    with pytest.raises(ConfigError, match="metric_uids"):
+        load_pairs(BlimpConfig(str(tmp_path / "blimp"), metric_uids=["gamma"]))
+    (tmp_path / "bad.zip").write_text("no zip")
+    with pytest.raises(ConfigError, match="evaluation.blimp.dataset_name"):
+        load_pairs(BlimpConfig(str(tmp_path / "bad.zip")))
+
+
+def test_the_command_agrees_with_training_from_any_number_of_ranks(dataset, tmp_path):
+    path = lab.write_config(tmp_path / "c.yaml", lab.tiny_tree(dataset, tmp_path / "runs"))
+    lab.run("train.py", path, "training.max_steps=3")
+    run = tmp_path / "runs" / "run"
+    trained = json.loads((run / "eval_results" / "step_3.json").read_text())["val"]
+    for ranks in (0, 2):
+        lab.run("evaluate.py", run, "--out", tmp_path / f"{ranks}.json", ranks=ranks)
+        found = json.loads((tmp_path / f"{ranks}.json").read_text())["val"]
+        assert found["rows"] == trained["rows"] and found["loss"] == pytest.approx(trained["loss"], abs=1e-6)

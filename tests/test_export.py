@@ -1,5 +1,6 @@
 """A checkpoint's Llama folder: what transformers makes of it, the way back, and folders that are none."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lab
 from checkpoint import CheckpointError
-from config import config_from_dict
+from config import ModelConfig, ReLoRAConfig, config_from_dict
 from export import load_decoder, load_plain, writers
 from model import PicoDecoder
 from relora import apply_relora, merged_state, relora_layers
@@ -206,3 +207,58 @@ def test_absent_weights_and_absent_folders_are_refused(damaged):
     (damaged / "model.safetensors").unlink()
     refusal(damaged)
     refusal(damaged / "nowhere")
+
+
+# ---- published Pico models -----------------------------------------------------------------------------------------
+
+def published(folder, model, cfg, kind):
+    """A folder as pico-train (pico_decoder) or relora-pico (pico_relora_decoder) publish it."""
+    folder.mkdir()
+    renamed = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in ((".lora_A", ".A_lora.weight"), (".lora_B", ".B_lora.weight"), (".scaling", ".s")):
+            name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
+        renamed[f"pico_decoder.{name}"] = tensor.clone()
+    save_file(renamed, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), "model_type": kind, "auto_map": {}}))
+    return folder
+
+
+@pytest.mark.parametrize("options", [None, {}, {"trainable_scaling": True}], ids=["full-rank", "relora", "scaled"])
+def test_a_published_model_computes_the_same_after_import(tmp_path, options):
+    torch.manual_seed(0)
+    relora = None if options is None else ReLoRAConfig(["attention", "swiglu"], 100, r=4, lora_alpha=6, lora_dropout=0.0,
+                                                      **options)
+    cfg = ModelConfig(d_model=32, n_layers=2, vocab_size=300, max_seq_len=16, attention_n_heads=4, attention_n_kv_heads=2,
+                      activation_hidden_dim=64, relora=relora)
+    model = PicoDecoder(cfg)
+    if relora:
+        apply_relora(model, relora)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.add_(torch.randn_like(p) * 0.1 if "lora_B" in name or "scaling" in name else 0)
+    folder = published(tmp_path / "theirs", model, cfg, "pico_relora_decoder" if relora else "pico_decoder")
+    lab.run("export.py", "import", folder, tmp_path / "ours")
+    ids = torch.randint(300, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(load_decoder(tmp_path / "ours")(ids), model.eval()(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_an_imported_model_starts_a_run(tmp_path, dataset):
+    lab.run("train.py", lab.write_config(tmp_path / "a.yaml", lab.tiny_tree(dataset, tmp_path, "full", relora=False)))
+    lab.run("export.py", "hf", tmp_path / "full", tmp_path / "model", "--dtype", "bfloat16")
+    lab.run("export.py", "import", tmp_path / "model", tmp_path / "again")
+    lab.run("train.py", lab.write_config(tmp_path / "b.yaml", lab.tiny_tree(dataset, tmp_path, "warm")),
+            f"training.start_from={tmp_path / 'again'}", "training.max_steps=3")
+    full, warm = lab.metrics(tmp_path / "full", "eval/val_loss"), lab.metrics(tmp_path / "warm", "eval/val_loss")
+    assert warm[0] == pytest.approx(full[20], abs=0.01), "bfloat16 rounds a little"
+
+
+def test_what_is_missing_from_a_published_model_is_listed(tmp_path):
+    cfg = ModelConfig(d_model=32, n_layers=1, vocab_size=64, max_seq_len=16, attention_n_heads=4, attention_n_kv_heads=2,
+                      activation_hidden_dim=64)
+    model = PicoDecoder(cfg)
+    del model.layers[0].swiglu.w_1
+    folder = published(tmp_path / "theirs", model, cfg, "pico_decoder")
+    printed = lab.run("export.py", "import", folder, tmp_path / "ours", code=2)
+    assert "layers.0.swiglu.w_1.weight is missing" in printed and not (tmp_path / "ours").exists()

@@ -1,0 +1,146 @@
+"""The analysis of real runs: what it measures, keeps, draws and refuses."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import lab
+
+DEMO = """
+analysis_name: demo
+metrics:
+  - {metric_name: cka, target_checkpoint: 20, data_split: val, components: [{component_name: ov_circuit, data_type: activations,
+     layer_suffixes: {output_layer: attention.o_proj, value_layer: attention.v_proj}, layers: [0, 1]}]}
+  - {metric_name: pwcca, target_checkpoint: 20, data_split: val, components: [{component_name: ov_circuit, data_type: activations,
+     layer_suffixes: {output_layer: attention.o_proj, value_layer: attention.v_proj}, layers: [0, 1]}]}
+  - {metric_name: per, data_split: train, components: [{component_name: simple, data_type: gradients,
+     layer_suffixes: swiglu.w_2, layers: [0, 1]}]}
+  - {metric_name: norm, data_split: val, norm_type: nuclear, components: [{component_name: ov_circuit, data_type: weights,
+     layer_suffixes: {output_layer: attention.o_proj, value_layer: attention.v_proj}, layers: [1]}]}
+steps: {start: 0, end: 20, step: 10}
+monitoring: {output_dir: analysis_results, save_to_wandb: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, tmp_path_factory):
+    """A ReLoRA run of three merges and a full-rank run."""
+    here = tmp_path_factory.mktemp("analyze")
+    for name in ("relora", "full"):
+        path = lab.write_config(here / f"{name}.yaml", lab.tiny_tree(dataset, here, name, relora=name == "relora"))
+        lab.run("train.py", path, "checkpointing.learning_dynamics.optimizer_states=true")
+    lab.run("analyze.py", here / "relora")
+    return here
+
+
+def rows(folder):
+    def refuse(constant):
+        raise AssertionError(f"{constant} in metrics.json")
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
+
+
+def value(table, **wanted):
+    found = [row for row in table if all(row[key] == v for key, v in wanted.items())]
+    assert len(found) == 1, (wanted, len(found))
+    return found[0]["value"]
+
+
+def snapshot(run, step, name, kind="weights", split="val"):
+    return torch.load(run / f"checkpoints/step_{step}/learning_dynamics/{split}_{kind}.pt")[name].numpy().astype(np.float64)
+
+
+def test_ranks_are_those_of_the_snapshots(runs):
+    table, layer = rows(runs / "relora/analysis"), "layers.1.swiglu.w_2"
+    for step in (5, 10, 20):
+        start, now = snapshot(runs / "relora", 0, layer), snapshot(runs / "relora", step, layer)
+        s = np.linalg.svd(now - start, compute_uv=False)
+        p = s / s.sum()
+        expected = np.exp(-(p * np.log(np.maximum(p, 1e-300))).sum())
+        where = {"step": step, "data": "updates since the start", "component": layer}
+        assert value(table, **where, metric="effective_rank") == pytest.approx(expected, rel=1e-6)
+        assert value(table, **where, metric="numerical_rank") == min(4 * step // 5, 32), "rank 4 a cycle"
+
+
+def test_updates_since_the_last_snapshot_are_of_one_cycle(runs):
+    table = rows(runs / "relora/analysis")
+    for step in (10, 15, 20):
+        assert value(table, step=step, data="updates since the last snapshot", component="layers.0.attention.o_proj",
+                     metric="numerical_rank") == 4
+
+
+def test_the_circuit_of_a_head_shares_the_values_of_its_group(runs):
+    table = rows(runs / "relora/analysis")
+    v, o = (snapshot(runs / "relora", 20, f"layers.0.attention.{n}_proj") for n in "vo")
+    for head in range(4):  # 4 heads of size 8 in 2 groups
+        matrix = o[:, head * 8:(head + 1) * 8] @ v[head // 2 * 8:(head // 2 + 1) * 8]
+        assert value(table, step=20, data="weights", component=f"layers.0.ov_circuit.heads.{head}", metric="norm_nuclear") == \
+            pytest.approx(np.linalg.norm(matrix, "nuc"), rel=1e-5)
+
+
+def test_what_is_undefined_is_null_with_a_reason(runs):
+    undefined = [row for row in rows(runs / "relora/analysis") if row["value"] is None]
+    assert undefined and all(row["reason"] for row in undefined)
+    assert any("too few" in row["reason"] for row in undefined if row["metric"].startswith("pwcca"))
+
+
+def test_a_second_call_measures_only_new_steps(runs, tmp_path):
+    run = tmp_path / "relora"
+    shutil.copytree(runs / "relora", run)
+    before = {p.name: p.stat().st_mtime_ns for p in (run / "analysis/cache").iterdir()}
+    lab.run("analyze.py", run)
+    assert {p.name: p.stat().st_mtime_ns for p in (run / "analysis/cache").iterdir()} == before
+
+
+def test_a_yaml_file_of_pico_analyze_runs_unchanged(runs, tmp_path):
+    (tmp_path / "demo.yaml").write_text(DEMO)
+    lab.run("analyze.py", runs / "relora", "--config", tmp_path / "demo.yaml", "--out", tmp_path / "out")
+    table = rows(tmp_path / "out")
+    assert {row["step"] for row in table} == {0, 10, 20}
+    measured = {row["metric"] for row in table} - {"spectrum"}
+    assert measured == {"cka to step 20", "pwcca to step 20", "per", "norm_nuclear"}
+    assert value(table, step=20, metric="cka to step 20", component="layers.1.ov_circuit.heads.3") == pytest.approx(1)
+    gradient = snapshot(runs / "relora", 10, "layers.0.swiglu.w_2", "gradients", "train")
+    s = np.linalg.svd(gradient, compute_uv=False)
+    p = s / s.sum()
+    assert value(table, step=10, metric="per", component="layers.0.swiglu.w_2") == \
+        pytest.approx(np.exp(-(p * np.log(p + 1e-300)).sum()) / len(s), rel=1e-5)
+
+
+def test_tables_and_the_page_are_complete_and_self_contained(runs):
+    out = runs / "relora/analysis"
+    with open(out / "metrics.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == sum(row["metric"] != "spectrum" for row in rows(out))
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) >= 12
+    assert "http://" not in page and "https://" not in page and "src=\"/" not in page
+    for name in ("training", "update_rank", "heat_weights", "spectra_weights"):
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_runs_are_compared(runs, tmp_path):
+    lab.run("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "relora" in page and "full" in page and (tmp_path / "loss.png").exists()
+    assert (tmp_path / "effective_rank_updates_since_the_start.png").exists()
+
+
+def test_snapshots_hold_text_and_on_demand_the_optimizer_state(runs):
+    folder = runs / "relora/checkpoints/step_10/learning_dynamics"
+    data = torch.load(folder / "train_data.pt")
+    assert data["text"] == [bytes(i for i in ids if i < 256).decode(errors="replace") for ids in data["input_ids"].tolist()]
+    moments = torch.load(folder / "train_optimizer.pt")
+    saved = torch.load(runs / "relora/checkpoints/step_10/training_state/checkpoint.pt")["optimizer"]
+    name = "layers.0.swiglu.w_2.lora_B"
+    assert torch.equal(moments[f"{name}.exp_avg"], saved[name]["exp_avg"]) and not any("q_proj" in key for key in moments)
+
+
+@pytest.mark.parametrize("words, message", [
+    (("nowhere",), "not a run folder"), (("compare", "nowhere"), "two runs"),
+    (("{runs}/relora", "--config", "{runs}/relora.yaml"), "not a pico-analyze configuration")])
+def test_what_cannot_be_analysed_is_one_line(runs, words, message):
+    printed = lab.run("analyze.py", *(word.format(runs=runs) for word in words), code=2)
+    assert message in printed and "Traceback" not in printed

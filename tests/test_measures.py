@@ -1,0 +1,100 @@
+"""Measures against closed forms and values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+import measures
+from measures import Undefined, cka, condition_number, effective_rank, gini, hoyer, of_matrix, pwcca, singular_values
+
+SMALL = torch.tensor([[3.0, 0.0], [4.0, 5.0]])  # singular values sqrt 45 and sqrt 5
+X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [2.0, 2.0], [-2.0, -2.0]])
+
+
+def with_spectrum(values, rows, columns, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    u = torch.linalg.qr(torch.randn(rows, len(values), generator=made, dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(columns, len(values), generator=made, dtype=torch.float64))[0]
+    return u @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ v.T
+
+
+def test_the_identity():
+    found = of_matrix(torch.eye(7))
+    assert found["effective_rank"] == pytest.approx(7) and found["per"] == pytest.approx(1)
+    assert found["numerical_rank"] == 7 and found["condition_number"] == pytest.approx(1)
+    assert found["norm_frobenius"] == pytest.approx(math.sqrt(7)) and found["norm_nuclear"] == pytest.approx(7)
+    assert found["norm_spectral"] == pytest.approx(1) and found["norm_inf"] == 1
+    assert found["gini"] == pytest.approx(1 - 1 / 7)  # 7 of 49 entries hold all, equally
+    assert found["hoyer"] == pytest.approx((7 - math.sqrt(7)) / 6)
+
+
+def test_rank_one_is_one_and_well_conditioned_on_its_non_zero_part():
+    found = of_matrix(torch.outer(torch.arange(1.0, 6), torch.arange(2.0, 10)))
+    assert found["effective_rank"] == pytest.approx(1, abs=1e-5) and found["numerical_rank"] == 1
+    assert found["condition_number"] == pytest.approx(1) and found["per"] == pytest.approx(1 / 5, abs=1e-5)
+
+
+@pytest.mark.parametrize("spectrum", [[1.0, 1.0, 1.0, 1.0], [8.0, 4.0, 2.0, 1.0], [10.0, 1e-2, 1e-3]])
+def test_a_known_spectrum(spectrum):
+    p = [s / sum(spectrum) for s in spectrum]
+    found = of_matrix(with_spectrum(spectrum, 9, 12))
+    assert found["effective_rank"] == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)), rel=1e-6)
+    assert found["per"] == pytest.approx(found["effective_rank"] / 9) and found["numerical_rank"] == len(spectrum)
+    assert found["condition_number"] == pytest.approx(spectrum[0] / spectrum[-1], rel=1e-6)
+
+
+def test_values_by_hand_on_a_small_matrix():
+    values = singular_values(SMALL)
+    assert values.tolist() == pytest.approx([math.sqrt(45), math.sqrt(5)])
+    assert condition_number(values, (2, 2)) == pytest.approx(3)
+    p = 0.75  # sqrt 45 / (sqrt 45 + sqrt 5) = 3 / 4
+    assert effective_rank(values) == pytest.approx(math.exp(-p * math.log(p) - 0.25 * math.log(0.25)))
+    assert gini(SMALL) == pytest.approx(2 * (2 * 3 + 3 * 4 + 4 * 5) / (4 * 12) - 5 / 4)
+    assert hoyer(SMALL) == pytest.approx(2 - 12 / math.sqrt(50))
+
+
+def test_cka_and_pwcca_by_hand():
+    y = X[:, :1]
+    # X'X = [[10, 8], [8, 10]], Y'Y = 10, X'Y = (10, 8): 164 / (sqrt 328 * 10)
+    assert cka(X, y) == pytest.approx(164 / (math.sqrt(328) * 10))
+    assert pwcca(y, X) == pytest.approx(1)  # all of y lies in the span of X
+    independent = torch.tensor([[1.0], [1.0], [1.0], [1.0], [-2.0], [-2.0]])  # orthogonal to both columns of X
+    assert cka(X, independent) == pytest.approx(0, abs=1e-12) and pwcca(X, independent) == pytest.approx(0, abs=1e-6)
+
+
+def test_pwcca_weighs_each_correlation_by_its_share_of_x():
+    basis = torch.linalg.qr(torch.randn(40, 4, dtype=torch.float64))[0]
+    basis = torch.linalg.qr(basis - basis.mean(0))[0]
+    x = basis[:, :2] @ torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
+    y = torch.stack([basis[:, 0], 0.6 * basis[:, 1] + 0.8 * basis[:, 2]], 1)  # correlations 1 and 0.6
+    assert pwcca(x, y) == pytest.approx((3 * 1 + 1 * 0.6) / 4)
+
+
+@pytest.mark.parametrize("measure", [cka, pwcca])
+def test_rotation_scale_and_shift_change_nothing_and_permuted_examples_much(measure):
+    made = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 6, generator=made, dtype=torch.float64)
+    q = torch.linalg.qr(torch.randn(6, 6, generator=made, dtype=torch.float64))[0]
+    assert measure(x, 3 * x @ q + 5) == pytest.approx(1)
+    assert measure(x, x[torch.randperm(200, generator=made)]) < 0.3
+
+
+@pytest.mark.parametrize("matrix", [torch.zeros(3, 4), torch.zeros(2, 2)])
+def test_what_is_undefined_says_so(matrix):
+    found = of_matrix(matrix)
+    assert found["effective_rank"] is found["condition_number"] is found["gini"] is found["hoyer"] is None
+    assert set(found["undefined"]) == {"effective_rank", "per", "condition_number", "gini", "hoyer"}
+    assert found["numerical_rank"] == 0 and found["norm_nuclear"] == 0
+
+
+def test_too_few_examples_are_undefined():
+    with pytest.raises(Undefined, match="5 examples are too few"):
+        pwcca(torch.randn(5, 8), torch.randn(5, 8))
+    with pytest.raises(Undefined, match="same for every example"):
+        cka(torch.ones(9, 3), torch.randn(9, 3))
+
+
+def test_low_rank_features_need_only_as_many_examples_as_their_rank():
+    x = torch.randn(30, 2, dtype=torch.float64) @ torch.randn(2, 50, dtype=torch.float64)
+    assert measures.pwcca(x, 2 * x) == pytest.approx(1)
