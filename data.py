@@ -157,9 +157,9 @@ class BatchLoader:
     """Prefetches this rank's micro-batches in a thread; a context manager that stops the thread.
 
     next(loader) gives, for one update after another, a list of `accumulation` pairs (index of the micro-batch in the
-    global batch, rows int64 (micro, row_length)), or the DataError that ended them. Micro-batch a of rank r has index a * world + r, so
-    the same micro-batch size gives the same micro-batches on any number of ranks. `wait` adds up the seconds that
-    the consumer stood still.
+    global batch, rows int64 (micro, row_length)), or the DataError that ended them. Micro-batch a of rank r has index
+    a * world + r, so the same micro-batch size gives the same micro-batches on any number of ranks. `wait` adds up the
+    seconds that the consumer stood still.
     """
 
     def __init__(self, dataset: TokenDataset, first_step: int, micro: int, accumulation: int,

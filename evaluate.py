@@ -102,7 +102,8 @@ def evaluate_blimp(model: nn.Module, pairs: list[blimp.Pair], tokenizer: Tokeniz
     """
     sentences = [([] if start is None else [start]) + tokenizer.encode(text) for p in pairs for text in (p.good, p.bad)]
     longest = model.cfg.max_seq_len + 1
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    # longest first: buffers that grew from batch to batch once left 6.5 GB of holes in the heap
+    order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
     batches = [order[i:i + 2 * batch_size] for i in range(0, len(order), 2 * batch_size)]
 
     def batch(number: int) -> np.ndarray:

@@ -257,7 +257,8 @@ def import_model(source: str, out: Path, revision: str | None) -> None:
         try:
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise CheckpointError(f"{source}: neither a folder nor to be had from the Hub ({str(error).splitlines()[0]})") from None
+            raise CheckpointError(f"{source}: neither a folder nor to be had from the Hub "
+                                  f"({str(error).splitlines()[0]})") from None
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:

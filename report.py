@@ -18,7 +18,8 @@ from config import UserError
 Rows = list[dict[str, Any]]
 LABELS = {"effective_rank": "effective rank", "per": "proportional effective rank", "condition_number": "condition number",
           "numerical_rank": "numerical rank", "norm_frobenius": "Frobenius norm", "norm_nuclear": "nuclear norm",
-          "norm_spectral": "spectral norm", "norm_inf": "largest absolute entry", "gini": "Gini coefficient", "hoyer": "Hoyer sparsity"}
+          "norm_spectral": "spectral norm", "norm_inf": "largest absolute entry", "gini": "Gini coefficient",
+          "hoyer": "Hoyer sparsity"}
 
 
 def _pyplot():
@@ -221,7 +222,8 @@ def write_run(run: Path, rows: Rows, out: Path) -> Path:
         ("cycle_rank", "Effective rank of the update since the snapshot before.",
          lambda: plot_over_steps(plt, rows, "updates since the last snapshot", "effective_rank"))]
     for data in ("weights", "gradients", "activations"):
-        plots.append((f"rank_{data}", f"Effective rank of {data}.", lambda d=data: plot_over_steps(plt, rows, d, "effective_rank")))
+        plots.append((f"rank_{data}", f"Effective rank of {data}.",
+                      lambda d=data: plot_over_steps(plt, rows, d, "effective_rank")))
         plots.append((f"heat_{data}", f"Proportional effective rank of {data}, layers by steps.",
                       lambda d=data: plot_heat(plt, rows, d, "per")))
     for metric in sorted({r["metric"] for r in rows if " to step " in r["metric"]}):
@@ -272,7 +274,8 @@ def plot_compared(plt, tables: dict[str, Rows], data: str, metric: str):
             for points in parts_of_run.get(part, {}).values():
                 for step, value in points:
                     by_step[step].append(value)
-            axis.plot(sorted(by_step), [sum(by_step[s]) / len(by_step[s]) for s in sorted(by_step)], "o-", markersize=3, label=name)
+            steps = sorted(by_step)
+            axis.plot(steps, [sum(by_step[s]) / len(by_step[s]) for s in steps], "o-", markersize=3, label=name)
         axis.set(title=part, xlabel="step")
     axes[0][0].set_ylabel(LABELS.get(metric, metric))
     axes[0][0].legend(frameon=False)

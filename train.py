@@ -32,7 +32,7 @@ import evaluate
 import export
 import stream
 import upload
-from config import Config, ConfigError, UserError, load_config
+from config import Config, UserError, load_config
 from data import BatchLoader, TokenDataset
 from model import PicoDecoder
 from relora import (apply_relora, derive_seed, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state,
