@@ -37,7 +37,6 @@ from data import TokenDataset
 from run import Progress
 
 VOCAB = 50304
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
 
 
 @dataclass
@@ -66,6 +65,14 @@ def case_config(case: Case) -> Config:
         overrides += ["model.relora.target_modules=[attention, swiglu]", "model.relora.reset_frequency=2000",
                       f"model.relora.r={case.mode[1:]}", f"model.relora.lora_dropout={case.dropout}"]
     return load_config(Path(__file__).parent / f"config/pico-decoder-{case.preset}.yaml", overrides)
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held. On Linux not from getrusage, which also knows who started us."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- in the process of a case ----------------------------------------------------------------------------------
@@ -128,8 +135,7 @@ def work(case: Case) -> None:
         if line.strip() == "end":
             break
         print(json.dumps([timed() for _ in range(int(line))]), flush=True)
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(json.dumps({"peak_bytes": peak, "flops_per_token": flops, "device": name}), flush=True)
 
@@ -141,7 +147,7 @@ def work_on_data(folder: Path) -> None:
     start = time.perf_counter()
     made = parquet.convert_parquet(folder / "rows.parquet", folder / "shard-00000.npy", VOCAB)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+    peak = peak_memory()
     entry = shards.shard_entry(folder / "shard-00000.npy", made.rows)
     shards.write_index(folder, [entry], made.row_length, VOCAB, "random")
     dataset, batch = TokenDataset(folder.parent, folder.name), 64
