@@ -166,8 +166,8 @@ def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def _check_names(expected: Iterable[str], found: Iterable[str], folder: Path) -> None:
-    problems = [f"{n} is missing" for n in set(expected) - set(found)]
-    problems += [f"{n} is unexpected" for n in set(found) - set(expected)]
+    expected, found = set(expected), set(found)
+    problems = [f"{n} is missing" for n in expected - found] + [f"{n} is unexpected" for n in found - expected]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{folder}: {'; '.join(sorted(problems)[:8])}{more}")
@@ -243,7 +243,7 @@ def load_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         ours[name] = tensor.float()
     state = merged_state(ours, cfg.relora)
     cfg = dataclasses.replace(cfg, relora=None)
-    _check_names((f"{n}" for n in llama_names(cfg)), state, folder)
+    _check_names(llama_names(cfg), state, folder)
     _check_shapes(state, cfg, folder)
     return cfg, state
 
