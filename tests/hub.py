@@ -41,8 +41,9 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.faults = [lambda line: "drop"]  # of connections that are still open
         self.server.shutdown()
-        self.server.server_close()
+        self.server.server_close()  # may be called again
 
     def revision(self, repo: str) -> str:
         content = sorted((path, hashlib.sha256(data).hexdigest()) for path, data in self.repos[repo].items())

@@ -72,10 +72,11 @@ def warm(here):
 @pytest.fixture(scope="module")
 def pair(worlds):
     """More runs on two ranks beside those of `worlds`, under one torchrun."""
-    worlds.copy("single", "single-to-ddp", 10)
-    worlds.copy("ddp", "ddp-to-fsdp", 10)
+    others = [("single", "ddp"), ("single", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")]
+    for before, after in others:
+        worlds.copy(before, f"{before}-to-{after}", 10)
     worlds.train_in_turn(
-        ("single-to-ddp", *DDP, *BARE), ("ddp-to-fsdp", *FSDP, *BARE),
+        *((f"{before}-to-{after}", *(DDP if after == "ddp" else FSDP), *BARE) for before, after in others),
         ("fsdp-muon", *FSDP, *BARE, SHORT, "training.optimization.optimizer=muon"),
         ("ddp-bare", *DDP, *BARE), ("ddp-warm", *DDP, *BARE, WARM),
         *(("ddp-warm-" + stop, *DDP, *QUICK, WARM, *words) for stop in ("5", "10")
@@ -101,15 +102,17 @@ def test_two_ranks_train_as_one_does(worlds, strategy):
     close(worlds.metrics(strategy, "trainer/grad_norm"), worlds.metrics("single", "trainer/grad_norm"), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["single-to-ddp", "ddp-to-fsdp"])
+@pytest.mark.parametrize("name", ["single-to-ddp", "single-to-fsdp", "ddp-to-fsdp", "fsdp-to-ddp"])
 def test_another_strategy_goes_on_from_a_checkpoint(pair, name):
     close(pair.metrics(name), pair.metrics("single"), abs=1e-4)
 
 
-def test_one_process_goes_on_from_a_sharded_checkpoint(worlds):
-    worlds.copy("fsdp", "fsdp-to-single", 10)
-    assert "resumed at step 10" in worlds.train("fsdp-to-single")
-    close(worlds.metrics("fsdp-to-single"), worlds.metrics("single"), abs=1e-4)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_one_process_goes_on_from_a_checkpoint_of_two(worlds, strategy):
+    name = f"{strategy}-to-single"
+    worlds.copy(strategy, name, 10)
+    assert "resumed at step 10" in worlds.train(name)
+    close(worlds.metrics(name), worlds.metrics("single"), abs=1e-4)
 
 
 def test_a_micro_batch_size_is_the_accumulation_that_it_implies(worlds, here):
