@@ -1,9 +1,10 @@
 # make demo   train a small ReLoRA model on Python's own sources, about 2 minutes on 2 cores
 # make test   run every test
+# make soak   kill a run 30 times at random moments; it must end as if nothing had been
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test soak clean
 
 demo: .venv/.installed
 	$(BIN)/python shards.py stdlib --out data/stdlib
@@ -21,6 +22,9 @@ demo: .venv/.installed
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2
+
+soak: .venv/.installed-dev
+	$(BIN)/python tests/soak.py --kills 30
 
 clean:
 	rm -rf data/stdlib runs/demo

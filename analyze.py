@@ -222,7 +222,7 @@ def read_requests(path: Path) -> tuple[list[Request], range | None]:
         steps = tree.get("steps")
         requests = [_request(metric, component) for metric in tree["metrics"] for component in metric["components"]]
         chosen = range(steps["start"], steps["end"] + 1, steps["step"]) if steps else None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise AnalysisError(f"{path}: not a pico-analyze configuration ({error})") from None
     return requests, chosen
 
@@ -260,9 +260,12 @@ def analyse_run(path: Path, config: Path | None, out: Path | None) -> None:
     if not steps:
         raise AnalysisError(f"{path}: none of the wanted steps has a snapshot; there are {', '.join(map(str, run.folders))}")
     out = out or path / "analysis"
-    rows = analyse(run, requests, steps, out)
-    write_tables(rows, out)
-    page = report.write_run(path, rows, out)
+    try:
+        rows = analyse(run, requests, steps, out)
+        write_tables(rows, out)
+        page = report.write_run(path, rows, out)
+    except OSError as error:
+        raise AnalysisError(f"{out}: cannot be written ({error.strerror}); give another folder with --out") from None
     print(f"{len(rows):,} measures of {len(steps)} steps in {out}; open {page}")
 
 

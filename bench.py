@@ -2,11 +2,14 @@
 
     python bench.py                                            # tiny, full-rank and ReLoRA r 16, on this machine
     python bench.py --baseline hf --json bench.json            # and the stock Llama, taking turns in the same run
-    python bench.py --presets tiny small medium large --batch 16 --seq-len 2048 --compile on off
+    python bench.py --presets tiny small --batch 16 --seq-len 2048 --compile on off --dropout 0.0 0.1
+    python bench.py --everything --json gpu.json               # all that docs/performance.md wants of a GPU, in one go
 
 Every case lives in a process of its own, so that its peak memory is its own. The cases of a preset take turns, a few
 steps at a time, so that a machine whose speed drifts treats them alike; what is told is the median step. A step is
 the whole of train.train_step: forward, backward, gradient norm, fused AdamW. MFU counts attention as PaLM does.
+The second table breaks a step down: forward and backward, optimizer, wait for data, and what a merge and a checkpoint
+cost when they are due; "stall" is how long training stands still for a checkpoint that is written meanwhile.
 """
 
 from __future__ import annotations
@@ -14,13 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ import torch
 
 import dist
 import parquet
-import shards
+import timing
 import train
 from config import Config, UserError, load_config
-from data import TokenDataset
 from run import Progress
+from shards import write_shards
 
 VOCAB = 50304
+PRESETS = ("tiny", "small", "medium", "large")
+SMALLER_BATCH = {"medium": 8, "large": 4}  # for --everything: three models share the memory
 
 
 @dataclass
@@ -57,36 +60,23 @@ class Case:
         return f"{self.preset} {mode}{dropout}{', compiled' if self.compile else ''}"
 
 
-def case_config(case: Case) -> Config:
+def case_config(case: Case, more: Iterable[str] = ()) -> Config:
     overrides = [f"data.dataloader.batch_size={case.batch}", f"training.micro_batch_size={case.batch}",
                  f"model.max_seq_len={case.seq_len}", f"training.compile={str(case.compile).lower()}",
                  "training.optimization.lr_warmup_steps=10"]
     if case.mode.startswith("r"):
         overrides += ["model.relora.target_modules=[attention, swiglu]", "model.relora.reset_frequency=2000",
                       f"model.relora.r={case.mode[1:]}", f"model.relora.lora_dropout={case.dropout}"]
-    return load_config(Path(__file__).parent / f"config/pico-decoder-{case.preset}.yaml", overrides)
-
-
-def peak_memory() -> int:
-    """Most bytes that this process has held. On Linux not from getrusage, which also knows who started us."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return load_config(Path(__file__).parent / f"config/pico-decoder-{case.preset}.yaml", [*overrides, *more])
 
 
 # ---- in the process of a case ----------------------------------------------------------------------------------
 
-def our_step(case: Case, cfg: Config, device: torch.device, rows: torch.Tensor) -> tuple[Callable[[], None], float]:
-    """(one update of ours, FLOPs a token)."""
+def trainer(case: Case, cfg: Config, device: torch.device) -> train.Trainer:
     precision = "bf16-mixed" if device.type == "cuda" else "32-true"
     t = train.Trainer(cfg, device, precision, None, None, None, None, None, Progress(device))
     train.build(t, adapters=case.mode.startswith("r"))
-
-    def step() -> None:
-        train.set_learning_rate(t)
-        train.train_step(t, [(0, rows)])
-    return step, t.model.flops_per_token()
+    return t
 
 
 def stock_step(case: Case, cfg: Config, device: torch.device, rows: torch.Tensor) -> tuple[Callable[[], None], float]:
@@ -120,57 +110,22 @@ def work(case: Case) -> None:
     torch.manual_seed(0)
     cfg = case_config(case)
     rows = torch.randint(VOCAB, (case.batch, case.seq_len + 1), device=device)
-    step, flops = (stock_step if case.mode == "hf" else our_step)(case, cfg, device, rows)
-
-    def timed() -> float:
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    if case.mode == "hf":
+        t, (step, flops) = None, stock_step(case, cfg, device, rows)
+    else:
+        t = trainer(case, cfg, device)
+        step, flops = timing.our_step(t, rows), t.model.flops_per_token()
     for _ in range(3):
-        timed()
+        step()
     print("ready", flush=True)
     for line in sys.stdin:
         if line.strip() == "end":
             break
-        print(json.dumps([timed() for _ in range(int(line))]), flush=True)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+        print(json.dumps([timing.seconds(step, device) for _ in range(int(line))]), flush=True)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else timing.peak_memory()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(json.dumps({"peak_bytes": peak, "flops_per_token": flops, "device": name}), flush=True)
-
-
-def work_on_data(folder: Path) -> None:
-    """Convert a full-size parquet file on one core and read it back; prints one JSON object."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    start = time.perf_counter()
-    made = parquet.convert_parquet(folder / "rows.parquet", folder / "shard-00000.npy", VOCAB)
-    seconds = time.perf_counter() - start
-    peak = peak_memory()
-    entry = shards.shard_entry(folder / "shard-00000.npy", made.rows)
-    shards.write_index(folder, [entry], made.row_length, VOCAB, "random")
-    dataset, batch = TokenDataset(folder.parent, folder.name), 64
-    start = time.perf_counter()
-    for step in range(made.rows // batch):
-        dataset.batch(step, batch)
-    speed = made.rows * made.row_length / (time.perf_counter() - start)
-    print(json.dumps({"convert_seconds": seconds, "peak_bytes": peak, "tokens_per_second": speed}))
-
-
-def bench_data() -> dict[str, float]:
-    """A shard of the size of Dolma's: 20,480 rows of 2,049 random ids, converted and delivered on one core."""
-    with tempfile.TemporaryDirectory() as folder:
-        split = Path(folder) / "train"
-        split.mkdir()
-        parquet.write_rows(split / "rows.parquet", np.random.default_rng(0).integers(VOCAB, size=(20_480, 2_049)))
-        done = subprocess.run([sys.executable, __file__, "--data-case", split], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"bench: {done.stderr.strip().splitlines()[-1]}")
-    found = json.loads(done.stdout)
-    print(f"a full-size shard (20,480 x 2,049): converted in {found['convert_seconds']:.1f} s on one core, peak memory "
-          f"{found['peak_bytes'] / 1e6:.0f} MB; batches delivered at {found['tokens_per_second'] / 1e6:,.0f} M tokens/s")
-    return {"name": "data", **found}
+    parts = timing.breakdown(t, rows) if t is not None else {}
+    print(json.dumps({"peak_bytes": peak, "flops_per_token": flops, "device": name, "seconds_of": parts}), flush=True)
 
 
 # ---- in the command's process ----------------------------------------------------------------------------------
@@ -196,9 +151,12 @@ def measure(cases: list[Case], rounds: int, steps: int) -> list[dict[str, Any]]:
     """Run the cases side by side, in turns; one result each."""
     processes, times = [], [[] for _ in cases]
     try:
-        for case in cases:  # one after the other, so that no warm-up disturbs another
+        for case in cases:
             processes.append(start(case))
-            ask(processes[-1], case, None)
+            if not torch.cuda.is_available():  # on a CPU one after the other, so that no warm-up disturbs another
+                ask(processes[-1], case, None)
+        for case, process in zip(cases, processes) if torch.cuda.is_available() else ():  # while all of them compile
+            ask(process, case, None)
         for _ in range(rounds):
             for case, process, seconds in zip(cases, processes, times):
                 seconds += json.loads(ask(process, case, str(steps)))
@@ -216,7 +174,8 @@ def result(case: Case, seconds: list[float], end: dict[str, Any]) -> dict[str, A
     peak = next((f for name, f in train.PEAK_FLOPS.items() if name in end["device"]), None)
     return {**vars(case), "name": case.name, "tokens_per_second": speed, "step_seconds": median,
             "steps_timed": len(seconds), "peak_bytes": end["peak_bytes"], "device": end["device"],
-            "flops_per_token": end["flops_per_token"], "mfu": speed * end["flops_per_token"] / peak if peak else None}
+            "flops_per_token": end["flops_per_token"], "seconds_of": end["seconds_of"],
+            "mfu": speed * end["flops_per_token"] / peak if peak else None}
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -232,9 +191,66 @@ def show(results: list[dict[str, Any]]) -> None:
               f"{r['peak_bytes'] / 1e6:9,.0f}{r['peak_bytes'] / base['peak_bytes']:8.2f}{mfu:>8}")
 
 
+def show_parts(results: list[dict[str, Any]]) -> None:
+    """Milliseconds of the parts of a step, and of what is due now and then."""
+    names = list(dict.fromkeys(name for r in results for name in r["seconds_of"]))
+    print(f"\n{'milliseconds':44}" + "".join(f"{name.replace('checkpoint_', 'ckpt_'):>18}" for name in names))
+    for r in results:
+        if r["seconds_of"]:
+            cells = (f"{1e3 * r['seconds_of'][n]:18.1f}" if n in r["seconds_of"] else f"{'-':>18}" for n in names)
+            print(f"{r['name']:44}" + "".join(cells))
+
+
+def bench_data() -> dict[str, float]:
+    """A shard of the size of Dolma's: 20,480 rows of 2,049 random ids, converted and delivered on one core."""
+    with tempfile.TemporaryDirectory() as folder:
+        split = Path(folder) / "train"
+        split.mkdir()
+        parquet.write_rows(split / "rows.parquet", np.random.default_rng(0).integers(VOCAB, size=(20_480, 2_049)))
+        done = subprocess.run([sys.executable, __file__, "--data-case", split], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"bench: {done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(done.stdout)
+    print(f"a full-size shard (20,480 x 2,049): converted in {found['convert_seconds']:.1f} s on one core, peak memory "
+          f"{found['peak_bytes'] / 1e6:.0f} MB; batches delivered at {found['tokens_per_second'] / 1e6:,.0f} M tokens/s")
+    return {"name": "data", **found}
+
+
+def count_recompilations(preset: str, batch: int, seq_len: int) -> dict[str, Any]:
+    case, device = Case(preset, "r16", 0.0, True, batch, seq_len, None), dist.pick_device()
+    rows = torch.randint(VOCAB, (batch, seq_len + 1), device=device)
+    found = timing.recompilations(trainer(case, case_config(case), device), rows)
+    print(f"{preset}: {found['graphs']} graphs compiled in the first step, {found['over_3_merges']} more over 3 merges",
+          flush=True)
+    return {"name": "recompilations", "preset": preset, **found}
+
+
+def whole_run(preset: str, batch: int, seq_len: int, steps: int = 50) -> dict[str, Any]:
+    """A real run of train.py with its loader, merges and checkpoints: the median of its logged windows."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = np.random.default_rng(0).integers(VOCAB, size=(4 * batch, seq_len + 1))
+        write_shards(Path(folder) / "data/train", rows, VOCAB, "random")
+        words = [f"data.dataset.name={folder}/data", f"data.dataloader.batch_size={batch}", f"training.micro_batch_size={batch}",
+                 f"model.max_seq_len={seq_len}", f"training.stop_at_step={steps}", "training.optimization.lr_warmup_steps=5",
+                 "model.relora.reset_frequency=20", "model.relora.lora_dropout=0", "model.relora.r=16", "evaluation.metrics=null",
+                 "monitoring.logging.log_every_n_steps=5", "checkpointing.learning_dynamics=null",
+                 f"checkpointing.runs_dir={folder}", "checkpointing.run_name=run", "checkpointing.save_every_n_steps=25"]
+        root = Path(__file__).parent
+        done = subprocess.run([sys.executable, root / "train.py", root / f"config/pico-relora-{preset}.yaml", *words],
+                              capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"bench: {done.stderr.strip().splitlines()[-1]}")
+        lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
+    windows = [line for line in lines if "train/loss" in line][1:]  # the first compiles
+    found = {key: statistics.median(w[key] for w in windows) for key in ("tokens_per_second", "data/wait_fraction")}
+    print(f"{preset}: {steps} steps of train.py, ReLoRA r16 with its loader, merges and checkpoints: "
+          f"{found['tokens_per_second']:,.0f} tokens/s, wait for data {found['data/wait_fraction']:.2%}", flush=True)
+    return {"name": "whole run", "preset": preset, "steps": steps, **found}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=["tiny"], choices=["tiny", "small", "medium", "large"])
+    parser.add_argument("--presets", nargs="+", default=["tiny"], choices=PRESETS)
     parser.add_argument("--modes", nargs="+", default=["full", "r16"], help="full, or rN for ReLoRA of rank N")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0], help="of ReLoRA (default: 0)")
     parser.add_argument("--compile", nargs="+", choices=["on", "off"], default=["off"])
@@ -245,10 +261,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps a turn (default: 3)")
     parser.add_argument("--threads", type=int, help="CPU threads of each case (default: torch's)")
     parser.add_argument("--data", action="store_true", help="also measure conversion and delivery of a full-size shard")
+    parser.add_argument("--attention", action="store_true", help="also compare attention backends")
+    parser.add_argument("--recompilations", action="store_true", help="also count what merges make torch.compile do again")
+    parser.add_argument("--run", action="store_true", help="also time 50 steps of train.py, loader and checkpoints on")
+    parser.add_argument("--everything", action="store_true", help="all of the above for all sizes, as a GPU with 80 GB wants it")
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--data-case", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.everything:
+        args.presets, args.compile, args.baseline, args.batch, args.seq_len = list(PRESETS), ["on"], "hf", 16, 2048
+        args.data = args.attention = args.recompilations = args.run = True
+    return args
 
 
 def main() -> None:
@@ -256,12 +280,16 @@ def main() -> None:
     if args.case:
         return work(Case(**json.loads(args.case)))
     if args.data_case:
-        return work_on_data(args.data_case)
+        return print(json.dumps(timing.conversion(args.data_case, VOCAB)))
     results = [bench_data()] if args.data else []
+    results += timing.sweep_attention(args.batch, args.seq_len) if args.attention else []
+    results += [count_recompilations("tiny", args.batch, args.seq_len)] if args.recompilations else []
+    results += [whole_run(args.presets[0], args.batch, args.seq_len)] if args.run else []
     for preset in args.presets:
         cases = []
+        batch = SMALLER_BATCH.get(preset, args.batch) if args.everything else args.batch
         for compiled in (c == "on" for c in args.compile):
-            common = {"compile": compiled, "batch": args.batch, "seq_len": args.seq_len, "threads": args.threads}
+            common = {"compile": compiled, "batch": batch, "seq_len": args.seq_len, "threads": args.threads}
             for mode in args.modes:
                 for dropout in args.dropout if mode != "full" else [0.0]:
                     cases.append(Case(preset, mode, dropout, **common))
@@ -271,8 +299,9 @@ def main() -> None:
             case_config(case)  # a mistake shows before anything runs
         results += (rows := measure(cases, args.rounds, args.steps))
         show(rows)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        show_parts(rows)
+        if args.json:  # after each preset: a run that is cut short keeps what it has
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
     return None
 
 

@@ -13,6 +13,7 @@ Tensors are whole and float32 on the CPU, so a run may go on with other ranks or
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -21,18 +22,23 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import dist
+import guard
 from config import CheckpointingConfig, Config, ConfigError, UserError, flat, to_dict
 from data import sha256
 
 MANIFEST = "manifest.json"
 STAGING = ".staging-"
-Writer = Callable[[Path], Any]  # writes one file at the path that it is given
+
+class Writer(NamedTuple):
+    """How one file of a checkpoint comes about."""
+    write: Callable[[Path], Any]  # to the path that it is given
+    size: int = 0  # bytes, about; 0: few
 
 
 class CheckpointError(UserError):
@@ -93,7 +99,14 @@ def load_optimizer_state(model: nn.Module, optimizers: Iterable[torch.optim.Opti
 
 
 def torch_writer(value: Any) -> Writer:
-    return lambda path: torch.save(value, path)
+    return Writer(lambda path: torch.save(value, path), tensor_bytes(value))
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(tensor_bytes, value.values())) if isinstance(value, dict) else 0
 
 
 # ---- writing -------------------------------------------------------------------------------------------------
@@ -113,9 +126,14 @@ def fsync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file in one step."""
     staged = path.with_name(f"{STAGING}{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    fsync(staged)
-    os.replace(staged, path)
+    try:
+        staged.write_text(text, encoding="utf-8")
+        fsync(staged)
+        os.replace(staged, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 
@@ -124,24 +142,46 @@ def _write_manifest(folder: Path, entries: dict[str, dict]) -> None:
 
 
 def publish(folder: Path, files: dict[str, Writer]) -> None:
-    """Write `files` (relative path -> writer) as the checkpoint `folder`, which appears only when complete."""
+    """Write `files` (relative path -> writer) as the checkpoint `folder`, which appears only when complete.
+
+    Raises CheckpointError, saying how much is needed, and leaves nothing behind, where the disk is full.
+    """
     staged = folder.with_name(f"{STAGING}{folder.name}")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    entries = {}
-    for name, write in files.items():
-        path = staged / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
-        fsync(path)
-        entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    for parent in {(staged / name).parent for name in files}:
-        fsync(parent)
-    _write_manifest(staged, entries)
-    if folder.exists():
-        set_aside(folder)
+    needed, problem = sum(writer.size for writer in files.values()), None
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        guard.need_room(folder, needed, "it")
+        staged.mkdir(parents=True)
+        entries = {name: _write_file(staged / name, writer) for name, writer in files.items()}
+        for parent in {(staged / name).parent for name in files}:
+            fsync(parent)
+        _write_manifest(staged, entries)
+    except BaseException as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if not isinstance(error, (OSError, RuntimeError, guard.NoRoom)):  # torch.save tells of a full disk by RuntimeError
+            raise
+        problem = guard.full_disk(error, folder, needed)
+    if problem is not None:  # raised only here: the error above would keep the half-written file open, and its room taken
+        raise CheckpointError(f"{folder} cannot be written: {problem}")
+    _replace(folder, staged, entries)
+
+
+def _write_file(path: Path, writer: Writer) -> dict[str, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer.write(path)
+    fsync(path)
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _replace(folder: Path, staged: Path, entries: dict[str, dict]) -> None:
+    """Rename the staged folder. One that stood there is kept aside, unless it held nothing more (see `save` in train.py)."""
+    before = set_aside(folder) if folder.exists() else None
     os.rename(staged, folder)
     fsync(folder.parent)
+    if before is not None:
+        with contextlib.suppress(CheckpointError):
+            if read_manifest(before).keys() <= entries.keys():
+                shutil.rmtree(before)
 
 
 def mark_latest(folder: Path) -> None:
@@ -161,35 +201,47 @@ def set_aside(folder: Path) -> Path:
 class Saver:
     """Publishes checkpoints in a thread, one in flight, so that training goes on meanwhile."""
 
-    def __init__(self, cfg: CheckpointingConfig, run: Path, published: Callable[[], None] = lambda: None):
-        self.cfg, self.folder, self.published = cfg, run / cfg.checkpoints_dir, published
+    def __init__(self, cfg: CheckpointingConfig, run: Path, say: Callable[..., None],
+                 published: Callable[[], None] = lambda: None):
+        self.cfg, self.folder, self.say, self.published = cfg, run / cfg.checkpoints_dir, say, published
+        self.error: Exception | None = None  # of the latest write
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
 
     def save(self, step: int, files: dict[str, Writer]) -> None:
-        """Start to publish step_N; first waits for the one before. Raises what that one raised."""
+        """Start to publish step_N; first waits for the one before."""
         self.wait()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._work, args=(self.folder / f"step_{step}", files))
         self._thread.start()
 
     def _work(self, folder: Path, files: dict[str, Writer]) -> None:
         try:
-            publish(folder, files)
+            self.error = None
+            self._publish(folder, files)
             mark_latest(folder)
             prune_training_states(self.folder, self.cfg)
             self.published()
-        except BaseException as error:  # raised again in the training thread
-            self._error = error
+        except Exception as error:  # the training loop asks for it
+            self.error = error
+
+    def _publish(self, folder: Path, files: dict[str, Writer]) -> None:
+        try:
+            publish(folder, files)
+        except CheckpointError as error:
+            needed = {n: w for n, w in files.items() if not n.startswith(f"{self.cfg.learning_dynamics_dir}/")}
+            if len(needed) == len(files):
+                raise
+            self.say(f"{error}; writing it without its snapshots", "WARNING")
+            publish(folder, needed)
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until nothing is in flight; raises what went wrong in it."""
+        """Until nothing is in flight; `error` then tells how it went."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
 
 
 def prune_training_states(checkpoints: Path, cfg: CheckpointingConfig) -> None:
@@ -222,7 +274,7 @@ def read_manifest(folder: Path) -> dict[str, dict]:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, entry in entries.items():
             path = Path(name)
-            if path.is_absolute() or ".." in path.parts or not isinstance(entry["size"], int):
+            if path.is_absolute() or ".." in path.parts or set(name) & set("\\:") or not isinstance(entry["size"], int):
                 raise ValueError(f"the entry {name!r} points outside of the folder or has no size")
             str(entry["sha256"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -245,11 +297,12 @@ def verify(folder: Path) -> None:
 def find_resumable(checkpoints: Path, cfg: CheckpointingConfig) -> Iterator[tuple[Path | None, str]]:
     """Yield (None, complaint) for each newer folder that is damaged, then (the newest valid one or None, "").
 
-    Damaged folders are set aside, leftovers of interrupted writes are deleted.
+    Damaged folders are set aside, leftovers of interrupted writes are deleted or, where only the renaming was left to
+    do, completed.
     """
     if checkpoints.is_dir():
         for leftover in checkpoints.glob(f"{STAGING}*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            _settle(leftover)
     for folder in step_folders(checkpoints):
         try:
             entries = read_manifest(folder)
@@ -263,6 +316,17 @@ def find_resumable(checkpoints: Path, cfg: CheckpointingConfig) -> Iterator[tupl
             return
         yield None, f"{folder}: holds no training state (pruned)"
     yield None, ""
+
+
+def _settle(leftover: Path) -> None:
+    target = leftover.with_name(leftover.name.removeprefix(STAGING))
+    try:
+        if target.exists():
+            raise CheckpointError(f"{target}: is there already")
+        verify(leftover)
+        os.rename(leftover, target)
+    except CheckpointError:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -282,15 +346,17 @@ def resume(checkpoints: Path, cfg: Config) -> tuple[dict[str, Any] | None, list[
 
     Every rank must call it. Raises UserError where run and checkpoint contradict each other.
     """
-    found, notes = None, []
-    if dist.rank() == 0 and cfg.checkpointing.training.auto_resume:
-        for found, complaint in find_resumable(checkpoints, cfg.checkpointing):
-            notes += [complaint] if complaint else []
-    refused = dist.rank() == 0 and not cfg.checkpointing.training.auto_resume and bool(step_folders(checkpoints))
-    found, refused = dist.from_rank0((found, refused))
-    if refused:
-        raise ConfigError(f"checkpointing.training.auto_resume: is off, but {checkpoints} holds checkpoints; choose "
-                          f"another checkpointing.run_name")
+    def find() -> tuple[Path | None, list[str]]:
+        found, notes = None, []
+        if cfg.checkpointing.training.auto_resume:
+            for found, complaint in find_resumable(checkpoints, cfg.checkpointing):
+                notes += [complaint] if complaint else []
+        elif step_folders(checkpoints):
+            raise ConfigError(f"checkpointing.training.auto_resume: is off, but {checkpoints} holds checkpoints; choose "
+                              f"another checkpointing.run_name")
+        return found, notes
+
+    found, notes = dist.on_rank0(find)
     if found is None:
         return None, notes
     state = read_state(found / cfg.checkpointing.fabric_checkpoint_dir / cfg.checkpointing.fabric_checkpoint_filename)
@@ -307,7 +373,8 @@ def contradictions(saved: dict[str, Any], cfg: Config) -> list[str]:
     """What makes `cfg` another run than the one whose config was saved: "key: saved -> now", one each."""
     def facts(tree: dict[str, Any]) -> dict[str, Any]:
         optimization = {k: v for k, v in tree["training"]["optimization"].items() if k != "gradient_accumulation_steps"}
-        return {"data.dataloader.batch_size": tree["data"]["dataloader"]["batch_size"], **flat(tree["model"], "model."),
+        model = {k: v for k, v in tree["model"].items() if k != "fast_paths"}
+        return {"data.dataloader.batch_size": tree["data"]["dataloader"]["batch_size"], **flat(model, "model."),
                 "training.seed": tree["training"]["seed"], **flat(optimization, "training.optimization.")}
     before, now = facts(saved), facts(to_dict(cfg))
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(before.keys() | now.keys())

@@ -1,6 +1,6 @@
 """Token shards as memory maps, and batches as a pure function of the step.
 
-A dataset folder holds one folder a split (`train`, `val`), each with `index.json` and `shard-00000.npy` …:
+A dataset folder holds one folder a split (`train`, `val`), each with `index.json` and `shard-00000.npy` ...:
 uint16 arrays (uint32 where ids go above 65,535) of shape (rows, row_length). shards.py makes them. Batch s is rows
 [s G, (s+1) G) for global batch size G, whatever the number of ranks; past the last row a new epoch begins.
 
@@ -59,7 +59,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: cannot be read: {error}") from None
     try:
         numbers = [index["row_length"], index["vocab_size"], *(shard["rows"] for shard in index["shards"])]
-        sound = (all(type(n) is int and n >= 1 for n in numbers) and index["row_length"] >= 2
+        sound = (all(type(n) is int and 1 <= n < 2 ** 31 for n in numbers) and index["row_length"] >= 2
                  and index["dtype"] in ("uint16", "uint32")
                  and all(shard["file"] == Path(shard["file"]).name and shard["sha256"]
                          for shard in index["shards"]))
@@ -114,11 +114,13 @@ class TokenDataset:
             if not isinstance(array, np.ndarray) or (array.shape, array.dtype) != want:
                 found = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else "several arrays"
                 raise DataError(f"{path}: holds {found}, but {INDEX} says {want[0]} {want[1]}")
+            if "sha256" in entry and sha256(path) != entry["sha256"]:  # 0.1 s for a shard of the Dolma
+                raise DataError(f"{path}: differs from its checksum in {INDEX}: a bit has flipped; make or fetch it again")
             self._maps[number] = array
         return self._maps[number]
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        """Rows first … first + count - 1 as (count, row_length); numbers past the end wrap into the next epoch.
+        """Rows first ... first + count - 1 as (count, row_length); numbers past the end wrap into the next epoch.
 
         Raises DataError, naming file and row, where an id is not below vocab_size.
         """
@@ -156,10 +158,9 @@ def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
 class BatchLoader:
     """Prefetches this rank's micro-batches in a thread; a context manager that stops the thread.
 
-    next(loader) gives, for one update after another, a list of `accumulation` pairs (index of the micro-batch in the
-    global batch, rows int64 (micro, row_length)), or the DataError that ended them. Micro-batch a of rank r has index
-    a * world + r, so the same micro-batch size gives the same micro-batches on any number of ranks. `wait` adds up the
-    seconds that the consumer stood still.
+    `next` gives, for one update after another, a list of `accumulation` pairs (index of the micro-batch in the global
+    batch, rows int64 (micro, row_length)). Micro-batch a of rank r has index a * world + r, so the same micro-batch size
+    gives the same micro-batches on any number of ranks. `wait` adds up the seconds that the consumer stood still.
     """
 
     def __init__(self, dataset: TokenDataset, first_step: int, micro: int, accumulation: int,
@@ -193,16 +194,18 @@ class BatchLoader:
         indices = [a * self.world + self.rank for a in range(self.accumulation)]
         return [(i, self.dataset.rows(first + i * self.micro, self.micro)) for i in indices]
 
-    def __next__(self) -> tuple[list[tuple[int, Tensor]], DataError | None]:
-        """(the next update's micro-batches, None), or ([], why there are no more)."""
+    def next(self, seconds: float) -> list[tuple[int, Tensor]] | None:
+        """The next update's micro-batches, or None if they do not come within `seconds`. Raises DataError at the end."""
         start = time.perf_counter()
-        item = self._queue.get()
-        self.wait += time.perf_counter() - start
-        if isinstance(item, DataError):
-            return [], item
+        try:
+            item = self._queue.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        finally:
+            self.wait += time.perf_counter() - start
         if isinstance(item, Exception):
             raise item
-        return [(index, to_device(rows, self.device)) for index, rows in item], None
+        return [(index, to_device(rows, self.device)) for index, rows in item]
 
     def take_wait(self) -> float:
         """The seconds waited since the last call."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -22,7 +25,12 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from config import UserError
 
 
-_hosts: torch_dist.ProcessGroup | None = None  # for flags that must not wait for a device
+T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+_hosts: torch_dist.ProcessGroup | None = None  # for votes, which must not wait for a device
+_patient: torch_dist.ProcessGroup | None = None  # for objects: one rank may be downloading while the others wait
+_watched_seconds: float | None = None  # inside `watched`: how long a rank may stay silent
 
 
 def rank() -> int:
@@ -51,9 +59,13 @@ def pick_device(wanted: str = "auto") -> torch.device:
 
 
 @contextlib.contextmanager
-def session(wanted_device: str = "auto", timeout_minutes: float = 30) -> Iterator[torch.device]:
-    """Join the process group, if torchrun started us, and leave it at the end; yields this rank's device."""
-    global _hosts
+def session(wanted_device: str = "auto", hang_minutes: float = 30, patience_minutes: float = 60) -> Iterator[torch.device]:
+    """Join the process group, if torchrun started us, and leave it at the end; yields this rank's device.
+
+    A collective in which a rank is missing fails after hang_minutes; one that waits for another rank's result, such as
+    a download at the start, after patience_minutes more.
+    """
+    global _hosts, _patient
     device = pick_device(wanted_device)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
@@ -61,14 +73,38 @@ def session(wanted_device: str = "auto", timeout_minutes: float = 30) -> Iterato
     elif local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which idles the cores of a laptop
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if "RANK" in os.environ:
-        timeout = datetime.timedelta(minutes=timeout_minutes)
-        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        _hosts = torch_dist.new_group(backend="gloo", timeout=timeout)
+        _die_with_parent()
+        hang, patience = (datetime.timedelta(minutes=m) for m in (hang_minutes, hang_minutes + patience_minutes))
+        # workers that torchrun restarts find the addresses of their dead predecessors in its store (torch 2.13)
+        store, _, _ = next(torch_dist.rendezvous("env://"))
+        store = torch_dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank(),
+                                      world_size=world_size(), timeout=hang)
+        _hosts = torch_dist.new_group(backend="gloo", timeout=hang)
+        _patient = torch_dist.new_group(backend="gloo", timeout=patience)
+    yield device
+    # Not after an error: the other ranks would notice, and print theirs before ours is told.
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """Have Linux kill this worker when its torchrun dies, so that none trains on as an orphan."""
+    if sys.platform == "linux":
+        import ctypes
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def watched(minutes: float) -> Iterator[None]:
+    """Inside, a rank that does not come to a vote for so long shows where it hangs, and ends."""
+    global _watched_seconds
+    _watched_seconds = 60 * minutes
     try:
-        yield device
+        yield
     finally:
-        if torch_dist.is_initialized():
-            torch_dist.destroy_process_group()
+        _watched_seconds = None
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _group() -> bool:
@@ -77,7 +113,7 @@ def _group() -> bool:
 
 def barrier() -> None:
     if _group():
-        torch_dist.barrier()
+        torch_dist.barrier(group=_patient)
 
 
 def sum_(tensor: Tensor) -> Tensor:
@@ -87,21 +123,38 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` holds on any rank. Goes between the hosts, so no device is waited for."""
+def largest(*values: int) -> list[int]:
+    """Each value's maximum over the ranks: a vote. It goes between the hosts, so no device is waited for."""
     if not _group():
-        return flag
-    votes = torch.tensor([flag], dtype=torch.int32)
-    torch_dist.all_reduce(votes, group=_hosts)
-    return bool(votes)
+        return list(values)
+    faulthandler.cancel_dump_traceback_later()  # from here on it is the others who are late
+    votes = torch.tensor(values, dtype=torch.int32)
+    torch_dist.all_reduce(votes, torch_dist.ReduceOp.MAX, group=_hosts)
+    if _watched_seconds is not None:
+        faulthandler.dump_traceback_later(_watched_seconds, exit=True)
+    return votes.tolist()
 
 
 def from_rank0(value: Any) -> Any:
     """Rank 0's `value` (a picklable object) on every rank."""
     box = [value]
     if _group():
-        torch_dist.broadcast_object_list(box, src=0)
+        torch_dist.broadcast_object_list(box, src=0, group=_patient)
     return box[0]
+
+
+def on_rank0(work: Callable[[], T]) -> T:
+    """What rank 0's work() returns, on every rank; a UserError that it raises is raised on all."""
+    result: T | UserError | None = None
+    if rank() == 0:
+        try:
+            result = work()
+        except UserError as error:
+            result = error
+    result = from_rank0(result)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def gather(value: Any) -> list[Any]:
@@ -109,7 +162,7 @@ def gather(value: Any) -> list[Any]:
     if not _group():
         return [value]
     values: list[Any] = [None] * world_size()
-    torch_dist.all_gather_object(values, value)
+    torch_dist.all_gather_object(values, value, group=_patient)
     return values
 
 
@@ -144,7 +197,12 @@ def command(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        print0(f"error: {error}", file=sys.stderr)
+        print0(f"error: {' '.join(str(error).split())[:900]}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print0(f"error: {error.filename or 'writing'}: the disk is full; free some room", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

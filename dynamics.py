@@ -8,7 +8,7 @@ not W is frozen, without a second model. ReLoRA layers add their factors (with g
 Everything is float32, measured in eval mode (no dropout, no autocast), and leaves the model, its gradients and the
 random state as they were. The keys and shapes are those that pico-analyze reads:
 
-    {"activations": {"layers.0.attention.v_proj": (examples, out)}, "weights": {…: (out, in)}, "gradients": {…}, …}
+    {"activations": {"layers.0.attention.v_proj": (examples, out)}, "weights": {...: (out, in)}, "gradients": {...}, ...}
 """
 
 from __future__ import annotations
@@ -21,14 +21,22 @@ import torch
 from torch import Tensor, nn
 
 import dist
-from config import LearningDynamicsConfig
+import guard
+from config import ConfigError, LearningDynamicsConfig
 from data import to_device
-from relora import ReLoRALinear
+from relora import HEAD, ReLoRALinear
 
 
 def chosen_layers(model: nn.Module, suffixes: list[str]) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, ReLoRALinear)) and any(name.endswith(s) for s in suffixes)}
+    """The linear layers of the blocks whose names end in one of `suffixes`. Raises ConfigError where one matches none."""
+    layers = {name: module for name, module in model.named_modules()
+              if isinstance(module, (nn.Linear, ReLoRALinear)) and name != HEAD}  # which the chunked loss never calls
+    for suffix in suffixes:
+        if not any(name.endswith(suffix) for name in layers):
+            ends = sorted({name.split(".", 2)[-1] for name in layers})
+            raise ConfigError(f"checkpointing.learning_dynamics.layer_suffixes: {suffix!r} matches no layer of a block; there "
+                              f"are {', '.join(ends)}")
+    return {name: module for name, module in layers.items() if any(name.endswith(s) for s in suffixes)}
 
 
 @contextlib.contextmanager
@@ -78,6 +86,7 @@ def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig, de
         # compiled blocks run eagerly meanwhile: their layers' outputs would not be part of the graph
         with taps(layers) as seen, torch.autocast(device.type, enabled=False), torch.compiler.set_stance("force_eager"):
             for piece, share in _examples(rows, cfg.batch_size):
+                guard.stop_point()
                 ids = to_device(piece, device)
                 loss = model(ids[:, :-1], ids[:, 1:])
                 outputs = torch.autograd.grad(loss, [seen[name][1] for name in layers])

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import blimp
 import dist
+import guard
 from checkpoint import write_text
 from config import Config, ConfigError, UserError, config_from_dict, load_config
 from data import INDEX, TokenDataset, Tokenizer, load_tokenizer, read_index, to_device
@@ -44,6 +45,7 @@ def spread(count: int, work: Callable[[int], T], what: str) -> list[T]:
     """
     world, mine = dist.world_size(), {}
     for turn in tqdm(range(-(-count // world)), desc=what, disable=None if dist.rank() == 0 else True, leave=False):
+        guard.stop_point()
         number = turn * world + dist.rank()
         result = work(number if number < count else 0)
         if number < count:
@@ -174,6 +176,9 @@ class Evaluation:
                 results[name]["by_source"] = by_source(losses, rows.shape[1] - 1, self.sources) if self.sources else None
             say(f"{name} loss {results[name]['loss']:.4f} nats a token{beside}")
         if self.pairs:
+            if self.tokenizer.vocab_size > model.cfg.vocab_size:
+                raise ConfigError(f"evaluation.metrics: blimp needs a model of its tokenizer's {self.tokenizer.vocab_size} ids, "
+                                  f"and this one knows {model.cfg.vocab_size}; leave blimp out")
             start = self.tokenizer.eos if e.blimp.start_token == "eos" else None
             results["blimp"] = evaluate_blimp(model, self.pairs, self.tokenizer, start, e.blimp.batch_size, self.device)
             say(f"BLiMP accuracy {results['blimp']['accuracy']:.2%} on {len(self.pairs):,} pairs, start token {start}")
@@ -215,9 +220,12 @@ def main() -> None:
         raise ConfigError("evaluation.metrics: is empty; give one or more of val, paloma, blimp")
     out = args.out or default_out(folder)
     if dist.rank() == 0 and out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
-        print(f"written to {out}")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(out, json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+            print(f"written to {out}")
+        except OSError as error:
+            print(f"{out} cannot be written ({error.strerror}); give another place with --out")
 
 
 def default_out(folder: Path) -> Path | None:

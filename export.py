@@ -24,7 +24,7 @@ from torch import Tensor
 
 import dist
 import upload
-from checkpoint import CheckpointError, Writer, load_model_state, publish, step_folders
+from checkpoint import CheckpointError, Writer, load_model_state, publish, step_folders, tensor_bytes
 from config import ConfigError, ModelConfig, ReLoRAConfig, config_from_dict
 from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
 from model import PicoDecoder
@@ -50,7 +50,7 @@ def llama_names(cfg: ModelConfig) -> dict[str, str]:
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows (heads * head_dim, in) from interleaved pairs (0, 1), (2, 3), … to halves: all firsts, all seconds."""
+    """Rows (heads * head_dim, in) from interleaved pairs (0, 1), (2, 3), ... to halves: all firsts, all seconds."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
@@ -99,7 +99,7 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
     eos, pad = (i if i is not None and i < cfg.vocab_size else None for i in (tokenizer.eos, tokenizer.pad))
 
     def as_json(value: dict) -> Writer:
-        return lambda path: path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        return Writer(lambda path: path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
 
     def weights(path: Path) -> None:
         from safetensors.torch import save_file
@@ -110,8 +110,8 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
     return {
         "config.json": as_json(llama_config(cfg, eos, pad, dtype)),
         "generation_config.json": as_json({"eos_token_id": eos, "pad_token_id": pad, "do_sample": True}),
-        "model.safetensors": weights,
-        "tokenizer.json": (lambda path: shutil.copy(known, path)) if known.exists() else as_json(byte_tokenizer_json()),
+        "model.safetensors": Writer(weights, tensor_bytes(state)),
+        "tokenizer.json": Writer(lambda path: shutil.copy(known, path)) if known.exists() else as_json(byte_tokenizer_json()),
         "tokenizer_config.json": as_json({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces":
                                           False, "model_max_length": cfg.max_seq_len}
                                          | {key: text for key, text in names.items() if text is not None}),

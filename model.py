@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from config import ConfigError, ModelConfig
-
-IGNORE = -100  # a label that is not scored, as in torch's cross_entropy
-LOSS_CHUNK = 512  # tokens whose logits exist at once: 103 MB of float32 at V = 50,304
+from kernels import IGNORE, causal_attention, cross_entropy, token_losses  # noqa: F401 (IGNORE is for importers)
 
 
 class RMSNorm(nn.Module):
@@ -49,6 +48,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
 
 
+def linear_type(cfg: ModelConfig) -> type[nn.Linear]:
+    return kernels.Linear if cfg.fast_paths else nn.Linear
+
+
 class KVCache:
     """Keys and values of the positions seen so far: (layers, B, K, capacity, head_dim)."""
 
@@ -68,13 +71,14 @@ class KVCache:
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.layer = layer
+        self.layer, self.fast = layer, cfg.fast_paths
+        Linear = linear_type(cfg)
         self.heads, self.kv_heads = cfg.attention_n_heads, cfg.attention_n_kv_heads
         self.head_dim = cfg.d_model // self.heads
-        self.q_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
-        self.k_proj = nn.Linear(cfg.d_model, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.d_model, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+        self.q_proj = Linear(cfg.d_model, cfg.d_model, bias=False)
+        self.k_proj = Linear(cfg.d_model, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(cfg.d_model, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = Linear(cfg.d_model, cfg.d_model, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         B, T, D = x.shape
@@ -83,25 +87,22 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        gqa = self.kv_heads != self.heads
-        if gqa and x.device.type != "cuda":  # MPS has no grouped kernel, and CPU's is 10 % slower than copies
+        if k.size(2) == T:
+            y = causal_attention(q, k, v, self.fast)
+        else:  # after a filled cache row t sees all that was cached and itself
+            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T) if T > 1 else None
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-            gqa = False
-        # is_causal without a mask tensor: a mask can drop attention to the slow MATH backend unannounced.
-        if T == 1 or k.size(2) == T:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
-        else:  # several tokens after a filled cache: row t sees all that was cached and itself
-            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
 class SwiGLU(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.w_0 = nn.Linear(cfg.d_model, cfg.activation_hidden_dim, bias=False)  # gate
-        self.w_1 = nn.Linear(cfg.d_model, cfg.activation_hidden_dim, bias=False)  # up
-        self.w_2 = nn.Linear(cfg.activation_hidden_dim, cfg.d_model, bias=False)  # down
+        Linear = linear_type(cfg)
+        self.w_0 = Linear(cfg.d_model, cfg.activation_hidden_dim, bias=False)  # gate
+        self.w_1 = Linear(cfg.d_model, cfg.activation_hidden_dim, bias=False)  # up
+        self.w_2 = Linear(cfg.activation_hidden_dim, cfg.d_model, bias=False)  # down
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w_2(F.silu(self.w_0(x)) * self.w_1(x))
@@ -160,7 +161,7 @@ class PicoDecoder(nn.Module):
             return self.de_embedding_proj(x).float()
         if reduction == "none":
             return token_losses(x.flatten(0, 1), self.de_embedding_proj.weight, labels.flatten()).view(B, T)
-        return _ChunkedCrossEntropy.apply(x.flatten(0, 1), self.de_embedding_proj.weight, labels.flatten())
+        return cross_entropy(x.flatten(0, 1), self.de_embedding_proj.weight, labels.flatten(), self.cfg.fast_paths)
 
     # ---- generation -----------------------------------------------------------------------------------
 
@@ -219,71 +220,3 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, generator: tor
         smallest_kept = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-
-
-# ---- the loss, chunk by chunk -----------------------------------------------------------------------------
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-@torch.no_grad()
-def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row: hidden (N, D), head (V, D), labels (N,) -> (N,) float32. No gradients."""
-    dtype = _matmul_dtype(hidden)
-    hidden, head = hidden.to(dtype), head.to(dtype)
-    losses = []
-    for h, y in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK)):
-        logits = (h @ head.T).float()  # (chunk, V)
-        at_label = logits.gather(1, y.clamp(min=0)[:, None])[:, 0]
-        losses.append(torch.where(y == IGNORE, 0.0, logits.logsumexp(-1) - at_label))  # a third of cross_entropy's passes
-    return torch.cat(losses)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ head.T, a chunk of tokens at a time; the gradients are made in the forward.
-
-    Tokens x V float32 logits are the largest tensor of a small model by far (3.3 GB at 8 x 2048 tokens), and here
-    never exist. With e = exp(logits - max) and s = sum(e), the gradient of the logits is e/s - onehot(label): the
-    1/s is applied to the thin (chunk, D) sides of both products and the one-hot is a gather and a scatter, so the
-    wide (chunk, V) buffer is read and written only twice besides the three products.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        dtype = _matmul_dtype(hidden)
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        with torch.autocast(hidden.device.type, enabled=False):
-            h16, w16 = hidden.to(dtype), head.to(dtype)
-            scored = labels != IGNORE
-            targets = labels.clamp(min=0)
-            d_hidden = torch.empty_like(h16) if need_hidden else None
-            d_head = torch.zeros_like(head, dtype=torch.float32) if need_head else None
-            total = hidden.new_zeros((), dtype=torch.float32)
-            for i in range(0, len(labels), LOSS_CHUNK):
-                rows = slice(i, i + LOSS_CHUNK)
-                h, y, keep = h16[rows], targets[rows], scored[rows, None]
-                logits = (h @ w16.T).float()  # (chunk, V)
-                peak = logits.amax(-1, keepdim=True)
-                at_label = logits.gather(1, y[:, None])
-                exps = logits.sub_(peak).exp_()
-                sums = exps.sum(-1, keepdim=True)
-                total += torch.where(keep, sums.log() + peak - at_label, 0).sum()
-                exps, weight = exps.to(dtype), torch.where(keep, 1 / sums, 0)  # weight (chunk, 1)
-                if need_hidden:
-                    d_hidden[rows] = (exps @ w16) * weight - w16[y] * keep
-                if need_head:
-                    d_head += exps.T @ (h * weight).to(dtype)
-                    d_head.index_add_(0, y, (h * keep).float(), alpha=-1)
-            count = scored.sum().clamp(min=1)
-        ctx.save_for_backward(d_hidden, d_head, count)
-        ctx.dtypes = hidden.dtype, head.dtype
-        return total / count
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        d_hidden, d_head, count = ctx.saved_tensors
-        scale = grad / count
-        return (None if d_hidden is None else (d_hidden * scale).to(ctx.dtypes[0]),
-                None if d_head is None else (d_head * scale).to(ctx.dtypes[1]), None)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import guard
 from data import DataError, token_dtype
 
 
@@ -44,7 +45,10 @@ def convert_parquet(path: Path, target: Path, vocab_size: int) -> Converted:
                     row_length = int(lengths[0])
                     if row_length < 2:
                         raise DataError(f"{path}: row 0 has {row_length} ids; a row holds an input and its label at least")
-                    out = np.lib.format.open_memmap(target, "w+", token_dtype(vocab_size), (total, row_length))
+                    dtype = token_dtype(vocab_size)
+                    guard.need_room(target, total * row_length * dtype.itemsize, str(path))
+                    out = np.lib.format.open_memmap(target, "w+", dtype, (total, row_length))
+                    guard.reserve(target, str(path))
                 if (wrong := lengths != row_length).any():
                     bad = int(np.argmax(wrong))
                     raise DataError(f"{path}: row {done + bad} has {lengths[bad]} ids, the first has {row_length}")

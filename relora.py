@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dist
+import kernels
 from config import Config, ConfigError, ReLoRAConfig
 
 HEAD = "de_embedding_proj"  # never adapted: the chunked loss reads its weight directly
@@ -41,7 +42,7 @@ class ReLoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, cfg: ReLoRAConfig, name: str, seed: int):
         super().__init__()
-        self.cfg, self.name = cfg, name
+        self.cfg, self.name, self.fast = cfg, name, isinstance(linear, kernels.Linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = None
         if not cfg.lora_only:
@@ -63,6 +64,8 @@ class ReLoRALinear(nn.Module):
         return self.cfg.lora_alpha / self.cfg.r if self.scaling is None else dist.replicated(self.scaling).tanh()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fast and self.weight is not None and not (self.training and self.cfg.lora_dropout):
+            return kernels.effective_linear(x, self.weight, self.lora_A, self.lora_B, self.scale)
         dropped = F.dropout(x, self.cfg.lora_dropout, self.training)
         update = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scale
         return update if self.weight is None else F.linear(x, self.weight) + update

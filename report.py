@@ -91,6 +91,14 @@ def plot_training(plt, run: Path):
     return figure
 
 
+def scale_for(axis, metric: str) -> None:
+    """Condition numbers span decades; a rank is read against 0."""
+    if metric == "condition_number":
+        axis.set_yscale("log")
+    elif metric in ("per", "effective_rank", "numerical_rank"):
+        axis.set_ylim(bottom=0)
+
+
 def plot_over_steps(plt, rows: Rows, data: str, metric: str):
     """A panel a kind of layer, a line a layer, darker where deeper."""
     parts = series(rows, data, metric)
@@ -109,8 +117,7 @@ def plot_over_steps(plt, rows: Rows, data: str, metric: str):
             axis.plot(steps, [sum(points[s]) / len(points[s]) for s in steps], "o-", markersize=3,
                       color=colours((layer + 1) / depth), label=f"layer {layer}")
         axis.set(title=part, xlabel="step")
-        if metric == "condition_number":
-            axis.set_yscale("log")
+        scale_for(axis, metric)
     axes[0][0].set_ylabel(LABELS.get(metric, metric))
     if depth <= 4:
         axes[0][-1].legend(frameon=False)
@@ -277,6 +284,7 @@ def plot_compared(plt, tables: dict[str, Rows], data: str, metric: str):
             steps = sorted(by_step)
             axis.plot(steps, [sum(by_step[s]) / len(by_step[s]) for s in steps], "o-", markersize=3, label=name)
         axis.set(title=part, xlabel="step")
+        scale_for(axis, metric)
     axes[0][0].set_ylabel(LABELS.get(metric, metric))
     axes[0][0].legend(frameon=False)
     figure.suptitle(f"{LABELS.get(metric, metric)} of {data}, mean over layers")

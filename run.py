@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dist
+import guard
 from checkpoint import write_text
 from config import Config, UserError, to_dict
 
@@ -66,26 +67,64 @@ class RunFolder:
     def __init__(self, cfg: Config, path: Path):
         self.cfg, self.path, self.writes = cfg, path, dist.rank() == 0
         self.level = LEVELS.index(cfg.monitoring.logging.log_level)
+        self.step: int | None = None  # updates made, once training has begun
+        self._lock = guard.RunLock(path)
         self._wandb = self._bar = None
-        if self.writes:
-            try:
-                (path / cfg.checkpointing.logs_dir).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"checkpointing.runs_dir: {path} cannot be made ({error.strerror})") from None
-            self._log_file = path / cfg.checkpointing.logs_dir / "train.log"
-            (path / ".launcher").write_text(_launcher())
-            self.save_config()
+        self._waiting: dict[Path, str] = {}  # lines that a full disk did not take
 
-    def save_config(self) -> None:
-        write_text(self.path / "training_config.yaml", yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Around all of a run: no other process may use the folder, and however it ends, exit.json says why.
+
+        Raises ConfigError where another one does. Writes nothing before `open` into a folder that is not there.
+        """
+        dist.on_rank0(lambda: self._lock.acquire() if self.path.is_dir() else None)
+        code, reason = 0, "finished"
+        try:
+            yield
+        except BaseException as error:
+            code = getattr(error, "exit_code", 1)
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._close(code, reason)
+
+    def open(self) -> None:
+        """Make the folder; what stands in it of an earlier process's end is not true any more."""
+        dist.on_rank0(self._open)
+
+    def _open(self) -> None:
+        try:
+            (self.path / self.cfg.checkpointing.logs_dir).mkdir(parents=True, exist_ok=True)
+            if not self._lock.held:
+                self._lock.acquire()
+            (self.path / "exit.json").unlink(missing_ok=True)
+            (self.path / ".launcher").write_text(_launcher())
+            write_text(self.path / "training_config.yaml", yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
+        except OSError as error:
+            raise UserError(f"checkpointing.runs_dir: {self.path} cannot be written ({error.strerror})") from None
 
     def say(self, words: str, level: str = "INFO") -> None:
         """Show a line on the console, above the progress bar, and keep it in the log."""
         if self.writes and LEVELS.index(level) >= self.level:
             line = words if level == "INFO" else f"{level.lower()}: {words}"
             tqdm.write(line)
-            with open(self._log_file, "a", encoding="utf-8") as log:
-                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._append(self.path / self.cfg.checkpointing.logs_dir / "train.log",
+                         f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def _append(self, path: Path, line: str) -> None:
+        """Add a line to a file; what a full disk does not take is kept, and added when there is room again."""
+        lines = self._waiting.pop(path, "") + line
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # no half line
+            self._waiting[path] = lines
+            if lines == line:  # the first of them
+                tqdm.write(f"warning: {path} cannot be written ({error.strerror}); its lines wait in memory for room")
 
     # ---- metrics ---------------------------------------------------------------------------------------
 
@@ -106,8 +145,7 @@ class RunFolder:
         """Append one line to metrics.jsonl, and mirror it to W&B if that is on."""
         if not self.writes:
             return
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
+        self._append(self.metrics_path, json.dumps(finite(metrics), allow_nan=False) + "\n")
         if self._wandb is not None:
             try:
                 self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
@@ -117,9 +155,12 @@ class RunFolder:
 
     def save_evaluation(self, step: int, results: dict[str, Any]) -> None:
         if self.writes:
-            folder = self.path / self.cfg.checkpointing.evaluation.eval_results_dir
-            folder.mkdir(exist_ok=True)
-            write_text(folder / f"step_{step}.json", json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+            path = self.path / self.cfg.checkpointing.evaluation.eval_results_dir / f"step_{step}.json"
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_text(path, json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+            except OSError as error:
+                self.say(f"{path} cannot be written ({error.strerror}); its numbers are in metrics.jsonl", "WARNING")
 
     def start_wandb(self) -> None:
         if not (self.writes and self.cfg.monitoring.save_to_wandb):
@@ -137,35 +178,26 @@ class RunFolder:
     # ---- progress and the end ------------------------------------------------------------------------------
 
     def start_bar(self, first: int, last: int) -> None:
+        self.step = first
         if self.writes:
             self._bar = tqdm(initial=first, total=last, unit=" steps", dynamic_ncols=True, mininterval=0.5,
                              disable=None)  # only on a terminal: a log file keeps the lines alone
 
-    def advance(self, **shown: str) -> None:
+    def advance(self, step: int, **shown: str) -> None:
+        self.step = step
         if self._bar is not None:
-            if shown:
-                self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(0 if shown else 1)
+            self._bar.set_postfix(shown, refresh=False) if shown else self._bar.update(step - self._bar.n)
 
-    @contextlib.contextmanager
-    def reporting(self, step: Callable[[], int]) -> Iterator[None]:
-        """Around the training: however it ends, exit.json says why, and at which step."""
-        code, reason = 0, "finished"
-        try:
-            yield
-        except BaseException as error:
-            code = getattr(error, "exit_code", 1)
-            reason = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            self._close(code, reason, step())
-
-    def _close(self, code: int, reason: str, step: int) -> None:
-        if not self.writes:
-            return
+    def _close(self, code: int, reason: str) -> None:
         if self._bar is not None:
             self._bar.close()
-        write_text(self.path / "exit.json", json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
+        if not self._lock.held:
+            return
+        try:
+            write_text(self.path / "exit.json", json.dumps({"code": code, "reason": reason, "step": self.step}) + "\n")
+        except OSError as error:
+            self.say(f"exit.json cannot be written ({error.strerror})", "WARNING")
+        self._lock.release()
         if self._wandb is not None:
             try:
                 self._wandb.finish(exit_code=code)
@@ -192,6 +224,7 @@ class Progress:
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(len(self.NAMES), device=device)
         self.reset_count = 0  # merges so far
+        self.merged_at: int | None = None  # the step of the latest merge
         self._start, self._first_step = time.perf_counter(), 0
 
     def add(self, loss: Tensor, grad_norm: Tensor, bad: Tensor) -> None:
@@ -222,8 +255,8 @@ class Progress:
         return window
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self.sums.tolist(), "reset_count": self.reset_count}
+        return {"sums": self.sums.tolist(), "reset_count": self.reset_count, "merged_at": self.merged_at}
 
     def load(self, state: dict[str, Any]) -> None:
         self.sums = torch.tensor(state["sums"], device=self.sums.device)
-        self.reset_count = state["reset_count"]
+        self.reset_count, self.merged_at = state["reset_count"], state.get("merged_at")

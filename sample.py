@@ -19,12 +19,7 @@ from export import load_decoder, resolve
 def stream_text(model, tokenizer, prompt: str, new_tokens: int, temperature: float, top_k: int | None, seed: int,
                 device: torch.device):
     """Yield the prompt's continuation piece by piece, whole characters only, until the end-of-text id."""
-    ids = tokenizer.encode(prompt) or ([tokenizer.eos] if tokenizer.eos is not None else [0])
-    new_tokens = min(new_tokens, model.cfg.max_seq_len - len(ids))
-    if new_tokens <= 0:
-        raise UserError(f"--prompt: has {len(ids)} tokens, and the model reads {model.cfg.max_seq_len} with its "
-                        f"continuation; shorten it")
-    start = torch.tensor([ids], device=device)
+    start, new_tokens = prepare(model, tokenizer, prompt, new_tokens, device)
     new, shown = [], ""
     for token in model.stream(start, new_tokens, temperature, top_k, seed, tokenizer.vocab_size):
         if token.item() == tokenizer.eos:
@@ -36,6 +31,28 @@ def stream_text(model, tokenizer, prompt: str, new_tokens: int, temperature: flo
         shown = whole if whole.startswith(shown) else shown
 
 
+def batch_of_texts(model, tokenizer, prompt: str, count: int, new_tokens: int, temperature: float, top_k: int | None,
+                   seed: int, device: torch.device) -> list[str]:
+    """`count` continuations of one prompt, drawn together, each up to its end-of-text id."""
+    start, new_tokens = prepare(model, tokenizer, prompt, new_tokens, device)
+    drawn = model.stream(start.expand(count, -1), new_tokens, temperature, top_k, seed, tokenizer.vocab_size)
+    rows = torch.cat(list(drawn), 1).tolist()
+    return [tokenizer.decode(row[:row.index(tokenizer.eos)] if tokenizer.eos in row else row) for row in rows]
+
+
+def prepare(model, tokenizer, prompt: str, new_tokens: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    """(ids of the prompt (1, T), new tokens that fit behind it). Raises UserError where none do."""
+    ids = tokenizer.encode(prompt) or ([tokenizer.eos] if tokenizer.eos is not None else [0])
+    if max(ids) >= model.cfg.vocab_size:
+        raise UserError(f"--prompt: holds the id {max(ids)}, and the model knows {model.cfg.vocab_size}: its folder's tokenizer "
+                        f"is not the one that it was trained with")
+    new_tokens = min(new_tokens, model.cfg.max_seq_len - len(ids))
+    if new_tokens <= 0:
+        raise UserError(f"--prompt: has {len(ids)} tokens, and the model reads {model.cfg.max_seq_len} with its "
+                        f"continuation; shorten it")
+    return torch.tensor([ids], device=device), new_tokens
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a run, a step folder, or a Llama folder")
@@ -44,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest only (default: 50)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt (default: 1)")
+    parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt, drawn as one batch (default: 1)")
     args = parser.parse_args()
     for name, value, least in (("tokens", args.tokens, 1), ("top-k", args.top_k, 1), ("samples", args.samples, 1),
                                ("temperature", args.temperature, 0), ("seed", args.seed, 0)):
@@ -59,12 +76,16 @@ def main() -> None:
     device = dist.pick_device()
     model, tokenizer = load_decoder(folder).to(device), load_tokenizer(folder)
     for prompt in args.prompt or [""]:
-        for number in range(args.samples):
-            print(f"--- {folder}, temperature {args.temperature}, seed {args.seed + number}\n{prompt}", end="", flush=True)
-            for piece in stream_text(model, tokenizer, prompt, args.tokens, args.temperature, args.top_k,
-                                     args.seed + number, device):
-                print(piece, end="", flush=True)
-            print()
+        head = f"--- {folder}, temperature {args.temperature}, seed {args.seed}"
+        how = (args.tokens, args.temperature, args.top_k, args.seed, device)
+        if args.samples > 1:
+            for number, text in enumerate(batch_of_texts(model, tokenizer, prompt, args.samples, *how), 1):
+                print(f"{head}, {number} of {args.samples}\n{prompt}{text}")
+            continue
+        print(f"{head}\n{prompt}", end="", flush=True)
+        for piece in stream_text(model, tokenizer, prompt, *how):
+            print(piece, end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

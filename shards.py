@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dist
+import guard
 import stream
 from config import DatasetConfig
 from data import (INDEX, ByteTokenizer, DataError, TokenDataset, Tokenizer, load_tokenizer, read_index, sha256,
@@ -39,6 +40,7 @@ SHUFFLE_SEED = 0  # of the rows of a made dataset; the training order is then th
 def write_shards(folder: Path, rows: np.ndarray, vocab_size: int, source: str, **extra: Any) -> None:
     """Write rows (N, row_length) as one split's folder of shards with its index."""
     folder.mkdir(parents=True)
+    guard.need_room(folder, rows.size * token_dtype(vocab_size).itemsize, str(folder))
     shards = []
     for start in range(0, len(rows), SHARD_ROWS):
         path = folder / f"shard-{len(shards):05d}.npy"
@@ -150,7 +152,7 @@ def make_text(out: Path, files: list[Path], tokenizer: Tokenizer, vocab_size: in
 
 
 def make_parquet(out: Path, files: list[Path], vocab_size: int) -> None:
-    """A shard from each file; files named val-… go to the split val, all others to train."""
+    """A shard from each file; files named val-... go to the split val, all others to train."""
     shards: dict[str, list[dict]] = {}
     row_lengths: dict[str, int] = {}
     for path in tqdm(files, desc="converting", unit=" files"):

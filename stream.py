@@ -1,6 +1,6 @@
 """Datasets on the Hub, streamed: shards arrive ahead of the training and leave behind it, so the disk holds a window.
 
-Any dataset repository in the layout of pico-lm/pretokenized-dolma works: SPLIT-00000-of-00010.parquet … with a column
+Any dataset repository in the layout of pico-lm/pretokenized-dolma works: SPLIT-00000-of-00010.parquet ... with a column
 input_ids. The revision is pinned at first contact. On each node one rank fetches in a thread, converts each file to a
 shard (data.py) and publishes it by renaming; the other ranks wait for the file, or for the fetcher's error.
 
@@ -339,6 +339,7 @@ def open_dataset(cfg: Config, step: int, saved: dict[str, Any] | None) -> TokenD
     if dataset.vocab_size > m.vocab_size:
         raise ConfigError(f"model.vocab_size: {m.vocab_size} is below the {dataset.vocab_size} of {dataset.folder}; "
                           f"use model.vocab_size={dataset.vocab_size}")
+    dataset.rows(step * cfg.data.dataloader.batch_size, 1)  # a shard that cannot be used is told of before anything is written
     if saved and saved["fingerprint"] != dataset.fingerprint:
         raise ConfigError(f"data.dataset.name: {d.name} holds other tokens than the checkpoint was trained on; put the "
                           f"old ones back, or choose another checkpointing.run_name")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import config
@@ -30,18 +26,21 @@ import dist
 import dynamics
 import evaluate
 import export
+import guard
 import stream
 import upload
 from config import Config, UserError, load_config
-from data import BatchLoader, TokenDataset
+from data import BatchLoader, DataError, TokenDataset
 from model import PicoDecoder
 from relora import (apply_relora, derive_seed, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state,
                     relora_layers, reset_optimizer)
 from run import Progress, RunFolder, run_folder
+from wrap import gradient_sync, make_optimizers, parallelize, reshard
 
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # dense bf16, by a part of the GPU's name
 MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
 PROBE_TOKENS = 128  # of the row on which a merge is checked
+PATIENCE_SECONDS = 0.5  # between two votes of ranks that wait for data
 
 
 class TrainingError(UserError):
@@ -62,7 +61,7 @@ class Trainer:
     uploader: upload.Uploader | None
     progress: Progress
     step: int = 0
-    resumed_at: int | None = None
+    saved: int | None = None  # the step of the newest checkpoint
     model: PicoDecoder | None = None
     wrapped: nn.Module | None = None
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
@@ -71,63 +70,102 @@ class Trainer:
 # ---- the loop ------------------------------------------------------------------------------------------------
 
 def train(cfg: Config, device: torch.device) -> None:
-    t = setup(cfg, device)
     micro, accumulation = cfg.micro_batches(dist.world_size())
-    with (t.folder.reporting(lambda: t.step), contextlib.closing(t.dataset),
-          BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches):
-        loop(t, batches)
+    folder = RunFolder(cfg, run_folder(cfg))
+    guard.same_everywhere(cfg)
+    with guard.catching_signals(), folder.in_use():
+        t = setup(cfg, device, folder)
+        with (contextlib.closing(t.dataset), dist.watched(cfg.training.hang_timeout_minutes),
+              BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches):
+            guard.defer_signals()
+            try:
+                loop(t, batches)
+            except guard.Ending:
+                keep(t)
+                raise
         if t.uploader is not None:
-            t.uploader.close(t.cfg.checkpointing.upload_grace_seconds)
+            t.uploader.close(t.cfg.checkpointing.upload_grace_seconds, guard.stop_signal)
 
 
 def loop(t: Trainer, batches: BatchLoader) -> None:
-    """Evaluate, snapshot and save; merge; learning rate; accumulate and step; log; until the last step."""
+    """Evaluate, snapshot and save; merge; learning rate; accumulate and step; log; until the last step.
+
+    Raises guard.Ending, on all ranks together, when training must end early.
+    """
     cfg = t.cfg
-    saved = t.resumed_at
     t.folder.start_bar(t.step, cfg.last_step)
     t.progress.start_window(t.step)
     while True:
-        if t.step != saved and (t.step % cfg.checkpointing.save_every_n_steps == 0 or t.step == cfg.last_step):
+        if t.step != t.saved and (t.step % cfg.checkpointing.save_every_n_steps == 0 or t.step == cfg.last_step):
             with t.progress.paused():
                 save(t)
-            saved = t.step
         if t.step >= cfg.last_step:
             break
-        batch, problem = next(batches)
-        if dist.any_rank(problem is not None):  # no more data: keep what there is, on all ranks together
-            if t.step != saved:
-                save(t, whole=False)
-            t.saver.wait()
-            raise problem or TrainingError("another rank ran out of data; its message is above")
+        batch = next_batch(t, batches)
         if cfg.model.relora and not relora_layers(t.model) and t.step >= cfg.model.relora.warm_start_steps:
             begin_relora(t)
-        if merge_due(t.step, cfg):
+        if merge_due(t.step, cfg) and t.progress.merged_at != t.step:
             with t.progress.paused():
                 merge(t)
         set_learning_rate(t)
         train_step(t, batch)
+        t.folder.advance(t.step)
         rows = cfg.data.dataloader.batch_size
         if (epoch := t.dataset.epoch(t.step, rows)) > t.dataset.epoch(t.step - 1, rows):
             t.folder.say(f"step {t.step}: epoch {epoch + 1} of the data has begun")
         if t.step % cfg.monitoring.logging.log_every_n_steps == 0 or t.step == cfg.last_step:
             log(t, batches)
-        t.folder.advance()
         t.dataset.advance(t.step)
     t.saver.wait()
+    end_together(t)
+
+
+def next_batch(t: Trainer, batches: BatchLoader) -> list[tuple[int, Tensor]]:
+    """This rank's micro-batches of the next update. All ranks wait for their data together, and end together."""
+    batch = problem = None
+    while True:
+        try:
+            batch = batch or batches.next(PATIENCE_SECONDS)
+        except DataError as error:
+            problem = error
+        if not end_together(t, problem, waiting=batch is None):
+            return batch
+
+
+def end_together(t: Trainer, problem: UserError | None = None, waiting: bool = False) -> int:
+    """A vote, which every rank must hold: raises Ending if any rank has a reason; whether any rank is `waiting`."""
+    problem = problem or t.saver.error
+    ended, caught, anyone_waits = dist.largest(problem is not None, guard.stop_signal(), waiting)
+    if ended:
+        words = str(problem or "another rank had to end; its message is above")
+        raise guard.Ending(words, 2 if isinstance(problem, DataError) else 1)
+    guard.stop_point(caught)
+    return anyone_waits
 
 
 def train_step(t: Trainer, batch: list[tuple[int, Tensor]]) -> None:
-    """One update on this rank's micro-batches; skipped by all ranks together if any loss or gradient is not finite."""
+    """One update on this rank's micro-batches."""
+    update(t, accumulate(t, batch))
+    t.step += 1
+
+
+def accumulate(t: Trainer, batch: list[tuple[int, Tensor]]) -> Tensor:
+    """Forward and backward of each micro-batch; the mean loss over all ranks."""
     loss = torch.zeros((), device=t.device)
     for number, (index, rows) in enumerate(batch):  # rows (micro, T + 1)
+        if number:
+            guard.stop_point()  # an unfinished update is dropped
         torch.manual_seed(derive_seed(t.cfg.training.seed, t.step, index))  # of dropout
         with gradient_sync(t.wrapped, number == len(batch) - 1):  # around the forward too, or DDP reduces every time
             with torch.autocast(t.device.type, torch.bfloat16, enabled=t.precision == "bf16-mixed"):
                 micro_loss = t.wrapped(rows[:, :-1], rows[:, 1:]) / len(batch)
             micro_loss.backward()
         loss += micro_loss.detach()
-    loss = dist.sum_(loss) / dist.world_size()
+    return dist.sum_(loss) / dist.world_size()
 
+
+def update(t: Trainer, loss: Tensor) -> None:
+    """Clip and step; skipped by all ranks together if loss or gradient is not finite on any."""
     parameters = [p for p in t.model.parameters() if p.grad is not None]
     grad_norm = dist.full(nn.utils.get_total_norm([p.grad for p in parameters]))
     if t.cfg.training.grad_clip is not None:
@@ -141,16 +179,6 @@ def train_step(t: Trainer, batch: list[tuple[int, Tensor]]) -> None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     t.progress.add(loss, grad_norm, bad)
-    t.step += 1
-
-
-def gradient_sync(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Let ranks exchange gradients on the last micro-batch of an update only."""
-    if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(last)
-    elif isinstance(wrapped, DistributedDataParallel) and not last:
-        return wrapped.no_sync()
-    return contextlib.nullcontext()
 
 
 def set_learning_rate(t: Trainer) -> None:
@@ -183,7 +211,7 @@ def log(t: Trainer, batches: BatchLoader) -> None:
     loss = "no finite loss" if window.loss is None else f"loss {window.loss:.4f}"
     t.folder.say(f"step {t.step}: {loss}, learning rate {rate:.2e}, gradient norm {window.grad_norm:.3f}, "
                  f"{speed:,.0f} tokens/s")
-    t.folder.advance(loss=loss.removeprefix("loss "), lr=f"{rate:.1e}", tok_s=f"{speed:,.0f}")
+    t.folder.advance(t.step, loss=loss.removeprefix("loss "), lr=f"{rate:.1e}", tok_s=f"{speed:,.0f}")
 
 
 # ---- merging -------------------------------------------------------------------------------------------------
@@ -197,7 +225,7 @@ def merge(t: Trainer) -> None:
     zeroed = reset_optimizer(t.optimizers, t.model, seed=seed, step=t.step)
     after, loss_after = probe(t)
     change = ((after - before).abs().max() / before.abs().max()).item()
-    t.progress.reset_count += 1
+    t.progress.reset_count, t.progress.merged_at = t.progress.reset_count + 1, t.step
     metrics = {"step": t.step, "relora/reset_count": t.progress.reset_count, "relora/opt_zeroed": zeroed,
                "relora/loss_before": loss_before, "relora/loss_after": loss_after, "relora/logit_change": change,
                "relora/update_norm": norm}
@@ -238,11 +266,9 @@ def begin_relora(t: Trainer) -> None:
 
 def save(t: Trainer, whole: bool = True) -> None:
     """Evaluate, take snapshots, and start to write the checkpoint of this step; only that if not `whole`."""
-    c, files = t.cfg.checkpointing, {}
+    c, files, results = t.cfg.checkpointing, {}, {}
     if whole:
-        if results := t.evaluation.run(t.model, lambda words: t.folder.say(f"step {t.step}: {words}")):
-            t.folder.record({"step": t.step} | evaluate.flat_metrics(results))
-            t.folder.save_evaluation(t.step, results)
+        results = t.evaluation.run(t.model, lambda words: t.folder.say(f"step {t.step}: {words}"))
         reshard(t.model)
     if whole and c.learning_dynamics is not None:
         sources = {"train": t.dataset.batch(t.step, t.cfg.data.dataloader.batch_size), "val": t.evaluation.snapshot_rows}
@@ -253,12 +279,16 @@ def save(t: Trainer, whole: bool = True) -> None:
                 files |= {f"{c.learning_dynamics_dir}/{split}_{kind}.pt": checkpoint.torch_writer(tensors)
                           for kind, tensors in snapshot.items()}
                 reshard(t.model)
+    if results:  # only now: interrupted before, all of it is done again
+        t.folder.record({"step": t.step} | evaluate.flat_metrics(results))
+        t.folder.save_evaluation(t.step, results)
     state = checkpoint.gather_state(t.model, t.optimizers)
+    t.saved = t.step
     if dist.rank() == 0:
         if whole and c.learning_dynamics is not None and c.learning_dynamics.optimizer_states:
             moments = dynamics.optimizer_states(state["optimizer"], c.learning_dynamics.layer_suffixes)
             files[f"{c.learning_dynamics_dir}/train_optimizer.pt"] = checkpoint.torch_writer(moments)
-        state |= {"step": t.step, "config": config.to_dict(t.cfg), "progress": t.progress.state(),
+        state |= {"step": t.step, "whole": whole, "config": config.to_dict(t.cfg), "progress": t.progress.state(),
                   "data": t.dataset.state | {"next_row": t.step * t.cfg.data.dataloader.batch_size},
                   "random": {"seed": t.cfg.training.seed},  # with the step, all that randomness follows from
                   "metrics_bytes": t.folder.metrics_size()}
@@ -267,43 +297,48 @@ def save(t: Trainer, whole: bool = True) -> None:
         t.saver.save(t.step, files)
 
 
-def reshard(model: nn.Module) -> None:
-    """After a forward outside of training FSDP2's root stays whole; touch no parameters before this."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+def keep(t: Trainer) -> None:
+    """Training ends early: drop the unfinished update, and write a checkpoint of the last whole step."""
+    for optimizer in t.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    reshard(t.model)
+    t.saver.wait()
+    if t.step != t.saved or t.saver.error is not None:
+        t.folder.say(f"writing a checkpoint of step {t.step}")
+        save(t, whole=False)
+        t.saver.wait()
 
 
 # ---- setting up ----------------------------------------------------------------------------------------------
 
-def setup(cfg: Config, device: torch.device) -> Trainer:
+def setup(cfg: Config, device: torch.device, folder: RunFolder) -> Trainer:
     """Open data, run folder and evaluation; resume, or start. Raises UserError before anything is trained."""
-    cfg.micro_batches(dist.world_size())
-    path = run_folder(cfg)
-    state, notes = checkpoint.resume(path / cfg.checkpointing.checkpoints_dir, cfg)
+    check_names(cfg)
+    state, notes = checkpoint.resume(folder.path / cfg.checkpointing.checkpoints_dir, cfg)
     dataset = stream.open_dataset(cfg, state["step"] if state else 0, state["data"] if state else None)
     evaluation = evaluate.Evaluation(cfg, dataset.folder.parent, device)
-    folder = RunFolder(cfg, path)
+    weights = export.load_plain(cfg.training.start_from)[1] if cfg.training.start_from and state is None else None
+    folder.open()
     precision = cfg.training.fabric.precision
     if device.type == "cpu" and precision != "32-true":
         folder.say(f"precision {precision} is slow on a CPU: training in 32-true")
         precision = "32-true"
     uploader = None
     if cfg.checkpointing.save_to_hf and dist.rank() == 0:
-        uploader = upload.Uploader(path, cfg.checkpointing, folder.say)
-    saver = checkpoint.Saver(cfg.checkpointing, path, uploader.kick if uploader else lambda: None)
+        uploader = upload.Uploader(folder.path, cfg.checkpointing, folder.say)
+    saver = checkpoint.Saver(cfg.checkpointing, folder.path, folder.say, uploader.kick if uploader else lambda: None)
     t = Trainer(cfg, device, precision, folder, dataset, evaluation, saver, uploader, Progress(device))
     for words in notes + config.warnings(cfg, dist.world_size(), device.type):
         folder.say(words, "WARNING")
     if state is None:
-        start = cfg.training.start_from
-        weights = export.load_plain(start)[1] if start else None
         build(t, adapters=cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0, weights=weights)
         folder.rewind_metrics(0)  # of a run that ended before its first checkpoint
         describe(t)
     else:
         adapters = any(name.endswith("lora_A") for name in state["model"])
         build(t, adapters, weights=state["model"], optimizer_state=state["optimizer"])
-        t.step = t.resumed_at = state["step"]
+        t.step = state["step"]
+        t.saved = t.step if state.get("whole", True) else None  # its evaluation and snapshots may be due still
         t.progress.load(state["progress"])
         folder.rewind_metrics(state["metrics_bytes"])
         describe(t)
@@ -312,6 +347,16 @@ def setup(cfg: Config, device: torch.device) -> Trainer:
     if uploader is not None:
         uploader.start()
     return t
+
+
+def check_names(cfg: Config) -> None:
+    """Raise ConfigError where an option names layers that the model does not have."""
+    with torch.device("meta"):
+        model = PicoDecoder(cfg.model)
+        if cfg.model.relora is not None:
+            apply_relora(model, cfg.model.relora)
+    if cfg.checkpointing.learning_dynamics is not None:
+        dynamics.chosen_layers(model, cfg.checkpointing.learning_dynamics.layer_suffixes)
 
 
 def build(t: Trainer, adapters: bool, weights: dict[str, Tensor] | None = None,
@@ -333,45 +378,6 @@ def build(t: Trainer, adapters: bool, weights: dict[str, Tensor] | None = None,
         checkpoint.load_optimizer_state(t.model, t.optimizers, optimizer_state)
 
 
-def parallelize(model: PicoDecoder, cfg: Config, device: torch.device) -> nn.Module:
-    """What to train through: the model itself, DDP around it, or FSDP2 in it; blocks compiled where asked.
-
-    FSDP2 shards each block as a group; embedding, norm and head stay with the root, whose forward needs the whole
-    head weight for the chunked loss.
-    """
-    compiled = cfg.training.compile if cfg.training.compile is not None else device.type == "cuda"
-    if compiled:
-        for layer in model.layers:
-            layer.compile()
-    if dist.world_size() == 1:
-        return model
-    if cfg.training.strategy != "fsdp":
-        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch >= 2.13
-        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True,
-                                       **{"forward_sync_buffers" if new else "broadcast_buffers": False})
-    mesh = init_device_mesh(device.type, (dist.world_size(),))
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
-    """The optimizers of the trainable parameters; Muon takes the blocks' matrices and leaves the rest to AdamW."""
-    o = cfg.training.optimization
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trainable if o.optimizer == "muon" and p.dim() == 2 and name.startswith("layers.")]
-    rest = [p for _, p in trainable if not any(p is m for m in matrices)]
-    common = {"lr": o.lr, "weight_decay": o.weight_decay}
-    if o.optimizer == "sgd":
-        return [torch.optim.SGD(rest, momentum=o.momentum, fused=True, **common)]
-    adam = torch.optim.Adam if o.optimizer == "adam" else torch.optim.AdamW
-    optimizers: list[torch.optim.Optimizer] = [adam(rest, betas=tuple(o.betas), fused=True, **common)]
-    if matrices:  # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon(matrices, momentum=o.momentum, adjust_lr_fn="match_rms_adamw", **common))
-    return optimizers
-
-
 def describe(t: Trainer) -> None:
     micro, accumulation = t.cfg.micro_batches(dist.world_size())
     strategy = type(t.wrapped).__name__.replace("DistributedDataParallel", "DDP").replace("PicoDecoder", "no wrapping")
@@ -387,8 +393,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options on top of it")
     args = parser.parse_args()
     cfg = load_config(args.config, args.overrides)
-    timeout = cfg.data.dataset.patience_minutes + 30  # a rank may wait that long for data while the others wait for it
-    with dist.session(cfg.training.fabric.accelerator, timeout) as device:
+    with dist.session(cfg.training.fabric.accelerator, cfg.training.hang_timeout_minutes,
+                      cfg.data.dataset.patience_minutes) as device:
         train(cfg, device)
 
 

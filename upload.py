@@ -76,12 +76,14 @@ class Uploader:
         """There may be something new to send."""
         self._kicked.set()
 
-    def close(self, grace_seconds: float) -> None:
-        """Send what is left, for grace_seconds at most; the rest goes up at the next start or by export.py upload."""
+    def close(self, grace_seconds: float, hurry: Callable[[], int]) -> None:
+        """Send what is left, for grace_seconds or until `hurry`; the rest goes up at the next start or by export.py upload."""
         if self._thread is not None:
             self._closing.set()
             self._kicked.set()
-            self._thread.join(timeout=grace_seconds)
+            end = time.monotonic() + grace_seconds
+            while self._thread.is_alive() and time.monotonic() < end and not hurry():
+                self._thread.join(timeout=0.2)
             if self._thread.is_alive():
                 self.say(f"some uploads are left; send them with: python export.py upload {self.run}", "WARNING")
 

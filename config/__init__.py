@@ -97,6 +97,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     position_emb_theta: float = 10000.0
     relora: ReLoRAConfig | None = None  # null: full-rank training
+    fast_paths: bool = True  # (ours) the formulas of kernels.py; false: plain ones, slower, for reading and checking
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -135,6 +136,7 @@ class TrainingConfig:
     grad_clip: float | None = None  # (ours) largest gradient norm; the published runs do not clip
     compile: bool | None = None  # (ours) torch.compile each block; null: on CUDA, where it pays
     start_from: str | None = None  # (ours) weights of another run's checkpoint: Lialin's other warm start
+    hang_timeout_minutes: float = 30  # (ours) a rank that is silent for so long shows where it hangs, and ends the run
     max_nonfinite_steps: int = 20  # (ours) skipped updates in a row after which the run stops
     fabric: FabricConfig = field(default_factory=FabricConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)

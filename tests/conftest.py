@@ -2,8 +2,29 @@ import pytest
 import torch
 
 import lab
+from config import ModelConfig
 
 torch.set_num_threads(1)  # threads only get in each other's way on tensors this small
+
+
+def pytest_addoption(parser):
+    parser.addoption("--plain", action="store_true", help="turn the fast paths of kernels.py off by default")
+
+
+def pytest_configure(config):
+    """--plain changes a default, and so also what is in the configurations that tests give to processes."""
+    if config.getoption("--plain"):
+        names = list(ModelConfig.__dataclass_fields__)
+        ModelConfig.__init__.__defaults__ = tuple(False if name == "fast_paths" else default for name, default in
+                                                  zip(names, ModelConfig.__init__.__defaults__, strict=True))
+        lab.FAST_PATHS = False
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest go first, or one of two workers would be left with them at the end."""
+    longest = ("test_guard", "test_stream", "test_train", "test_hostile", "test_upload", "test_resume", "test_bench")
+    place = {name: number for number, name in enumerate(longest)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(longest)))
 
 
 @pytest.fixture(autouse=True)

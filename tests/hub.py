@@ -27,6 +27,7 @@ class Hub:
         self.latency, self.retry_after = latency, 1
         self.faults: list[Callable[[str], Action]] = []
         self.requests: list[str] = []
+        self.tokens: set[str] = set()  # that came in headers
         self.commits: dict[tuple[str, str], list[dict]] = {}  # (repo, branch) -> [{"title", "files": {path: bytes}}]
         self.lfs: dict[str, bytes] = {}
         self.collections: dict[str, list[str]] = {}
@@ -100,6 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         line = f"{self.command} {self.path}"
         self.hub.requests.append(line)
+        self.hub.tokens.add(str(self.headers.get("Authorization")))
         time.sleep(self.hub.latency)
         action = self.hub.action(line)
         if action == "drop":

@@ -32,6 +32,7 @@ with dist.session("cpu") as device:
     for path, *words in json.loads(sys.argv[1]):
         train.train(load_config(path, words), device)
 """
+FAST_PATHS = True  # of the runs of tiny_tree; pytest --plain turns them off
 HALF = "training.optimization.gradient_accumulation_steps=2"  # on two ranks, tiny_tree's micro-batches of 2 rows
 SHARED = ROOT.parent / "shared" / "data"  # real data, where it is at hand
 
@@ -54,7 +55,7 @@ def make_dataset(folder: Path, rows: int = 96, row_length: int = 17, vocab: int 
 def tiny_tree(dataset: Path, runs: Path, name: str = "run", relora: bool = True) -> dict:
     """A nested configuration of a run of seconds: 2 layers, GQA, 8 rows an update in 4 accumulation steps."""
     model = {"d_model": 32, "n_layers": 2, "vocab_size": 64, "max_seq_len": 16, "attention_n_heads": 4,
-             "attention_n_kv_heads": 2, "activation_hidden_dim": 64}
+             "attention_n_kv_heads": 2, "activation_hidden_dim": 64, "fast_paths": FAST_PATHS}
     if relora:
         model["relora"] = {"target_modules": ["attention", "swiglu"], "reset_frequency": 5, "r": 4, "lora_alpha": 8,
                            "lora_dropout": 0.1}
@@ -77,14 +78,16 @@ def write_config(path: Path, tree: dict) -> Path:
     return path
 
 
-def start(command: str, *words: object, ranks: int = 0, env: dict[str, str] | None = None) -> subprocess.Popen:
+def start(command: str, *words: object, ranks: int = 0, env: dict[str, str] | None = None,
+          torchrun: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
     """Start `python COMMAND words`, under a real torchrun where ranks >= 1; COMMAND may be a script elsewhere."""
     launcher = [sys.executable]
     if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher += ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={ranks}"]
     return subprocess.Popen([*launcher, str(ROOT / command), *map(str, words)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, **ENV, **(env or {})})
+                            env={**os.environ, **ENV, **(env or {})},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which a shell's `&` ignores
 
 
 def run(command: str, *words: object, ranks: int = 0, timeout: float = 180, code: int | None = 0,
@@ -107,23 +110,39 @@ def run(command: str, *words: object, ranks: int = 0, timeout: float = 180, code
 def descendants(pid: int) -> list[int]:
     """`pid` and all processes below it; torchrun's workers have sessions of their own."""
     children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    for folder in Path("/proc").glob("[0-9]*"):
+        children.setdefault(parent_of(int(folder.name)), []).append(int(folder.name))
     found = [pid]
     for parent in found:  # grows as it goes
         found += children.get(parent, [])
     return found
 
 
+def workers(process: subprocess.Popen) -> list[int]:
+    """The ranks that a torchrun has started."""
+    return [pid for pid in descendants(process.pid) if parent_of(pid) == process.pid]
+
+
+def parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL a process that `start` started and all below it, and wait until they are gone."""
     pids = descendants(process.pid)
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        send(pid, signal.SIGKILL)
     process.wait(timeout=20)
     wait_until(lambda: not any(alive(pid) for pid in pids), timeout=20)
+
+
+def send(pid: int, number: int) -> None:
+    """A signal to a process that may have ended by now."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def alive(pid: int) -> bool:
@@ -186,6 +205,17 @@ class Lab:
 
     def metrics(self, name: str, key: str = "train/loss") -> dict[int, float]:
         return metrics(self.folder / name, key)
+
+    def same_end(self, name: str, other: str, last: int = 20) -> None:
+        """The run `name` has told the very numbers of `other`, and has ended with its weights, bit for bit."""
+        for key in ("train/loss", "trainer/grad_norm", "eval/val_loss", "relora/loss_after"):
+            assert self.metrics(name, key) == self.metrics(other, key), key
+        assert list(self.metrics(name)) == list(range(1, last + 1))
+        found, expected = self.state(name, last)["model"], self.state(other, last)["model"]
+        assert found.keys() == expected.keys()
+        assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+        assert list((self.folder / name).rglob(".staging*")) == []
+        assert (self.folder / name / "checkpoints/latest").read_text() == f"step_{last}\n"
 
     def state(self, name: str, step: int) -> dict:
         """The training state of a step, read as plain torch would."""

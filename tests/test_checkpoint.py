@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 import checkpoint
 import lab
-from checkpoint import CheckpointError, Saver, find_resumable, publish, torch_writer, verify
+from checkpoint import CheckpointError, Saver, Writer, find_resumable, publish, torch_writer, verify
 from config import CheckpointingConfig, config_from_dict
 from model import PicoDecoder
 from relora import apply_relora
@@ -24,12 +25,12 @@ CFG = CheckpointingConfig()
 def files(number):
     """What a checkpoint holds, in small: each file's bytes depend on `number`."""
     return {STATE: torch_writer({"step": number, "model": {"w": torch.full((64,), float(number))}, "config": {}}),
-            "config.json": lambda path: path.write_text(json.dumps({"n": number})),
+            "config.json": Writer(lambda path: path.write_text(json.dumps({"n": number}))),
             "learning_dynamics/train_weights.pt": torch_writer({"layers.0": torch.arange(number + 50)})}
 
 
 def saver(run, **options):
-    return Saver(CheckpointingConfig(**options), run)
+    return Saver(CheckpointingConfig(**options), run, print)
 
 
 @pytest.fixture
@@ -69,30 +70,43 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path):
         seen.append(sorted(p.name for p in tmp_path.glob("step_*")))
         path.write_text("late")
 
-    publish(tmp_path / "step_1", {**files(1), "late.txt": late})
+    publish(tmp_path / "step_1", {**files(1), "late.txt": Writer(late)})
     assert seen == [[]]
     assert set(bytes_below(tmp_path)) >= {"step_1/late.txt", "step_1/manifest.json"}
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("bad"), KeyboardInterrupt()])
-def test_a_write_that_fails_leaves_the_older_ones_as_they_are(steps, error):
+@pytest.mark.parametrize("error, told", [(OSError(28, "No space left on device"), CheckpointError),
+                                         (ValueError("bad"), ValueError), (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_a_write_that_fails_leaves_the_older_ones_as_they_are(steps, error, told):
     def fail(path):
         path.write_bytes(b"half")
         raise error
 
     before = {name: data for name, data in bytes_below(steps).items()}
     for name in ("step_11", "step_10"):  # a new one, and one that is there
-        with pytest.raises(type(error)):
-            publish(steps / name, {**files(11), "fails": fail})
-    assert found_in(steps) == (steps / "step_10", [])
+        with pytest.raises(told):
+            publish(steps / name, {**files(11), "fails": Writer(fail)})
     assert bytes_below(steps) == before, "the leftovers are gone, all else is untouched"
+    assert found_in(steps) == (steps / "step_10", [])
 
 
-def test_a_checkpoint_in_the_way_is_kept_aside(steps):
+def test_a_checkpoint_in_the_way_is_kept_aside_unless_the_new_one_holds_all_that_it_did(steps):
     before = bytes_below(steps / "step_9")
-    publish(steps / "step_9", files(12))
+    publish(steps / "step_9", {STATE: files(12)[STATE]})
     verify(steps / "step_9")
     assert bytes_below(steps / "step_9.aside-1") == before
+    publish(steps / "step_9", files(13))
+    verify(steps / "step_9")
+    assert sorted(path.name for path in steps.iterdir()) == ["latest", "step_0", "step_10", "step_9", "step_9.aside-1"]
+
+
+def test_a_checkpoint_that_only_missed_its_renaming_is_completed(steps):
+    (steps / "step_10").rename(steps / ".staging-step_10")
+    assert found_in(steps) == (steps / "step_10", [])
+    shutil.copytree(steps / "step_9", steps / ".staging-step_11")
+    (steps / ".staging-step_11/config.json").write_text("half")
+    assert found_in(steps) == (steps / "step_10", [])
+    assert list(steps.glob(".staging*")) == []
 
 
 # ---- finding -------------------------------------------------------------------------------------------------
@@ -182,16 +196,17 @@ def test_pruning_passes_over_a_damaged_folder(tmp_path):
 
 # ---- the saver's thread --------------------------------------------------------------------------------------
 
-def test_an_error_in_the_thread_is_raised_at_the_next_wait_and_once(tmp_path):
+def test_an_error_in_the_thread_is_kept_until_the_next_write(tmp_path):
     def fail(path):
-        raise OSError(28, "No space left on device")
+        raise OSError(5, "Input/output error")
 
     keeper = saver(tmp_path)
-    keeper.save(0, {"fails": fail})
-    with pytest.raises(OSError, match="No space left"):
-        keeper.save(5, files(5))
+    keeper.save(0, {"fails": Writer(fail)})
+    keeper.wait()
+    assert "step_0 cannot be written: [Errno 5] Input/output error" in str(keeper.error)
     keeper.save(5, files(5))
     keeper.wait()
+    assert keeper.error is None
     assert found_in(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step_5", [])
 
 
@@ -245,7 +260,7 @@ def test_what_is_on_disk_is_as_of_the_save_however_training_goes_on(dataset, tmp
     before = [tensor.clone() for tensor in all_tensors(model, optimizers)]
     go, keeper = threading.Event(), saver(tmp_path)
     state = checkpoint.gather_state(model, optimizers)
-    keeper.save(2, {"waits": lambda path: path.write_text(str(go.wait(20))), STATE: torch_writer(state)})
+    keeper.save(2, {"waits": Writer(lambda path: path.write_text(str(go.wait(20)))), STATE: torch_writer(state)})
     update(model, optimizers)
     assert not same(before, all_tensors(model, optimizers))
     go.set()

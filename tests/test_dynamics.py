@@ -1,6 +1,7 @@
 """Snapshots of learning dynamics: the numbers that autograd and a hand-written forward give, on any ranks."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -146,6 +147,11 @@ def test_the_size_of_the_sub_batches_does_not_matter(made, size):
     assert torch.equal(some["data"]["input_ids"], ids_of(rows))
 
 
+def bytes_of_tensors():
+    gc.collect()
+    return sum(thing.nbytes for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_snapshot_leaves_no_trace(made, training):
     model, _, _, rows = made
@@ -155,6 +161,9 @@ def test_a_snapshot_leaves_no_trace(made, training):
     grads = {name: p.grad if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     snapshot(model, rows)
+    held = bytes_of_tensors()
+    snapshot(model, rows)
+    assert bytes_of_tensors() == held
     assert torch.equal(torch.get_rng_state(), random)
     assert {module.training for module in model.modules()} == {training}
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

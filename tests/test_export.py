@@ -43,7 +43,7 @@ def mid_cycle(cfg):
 def export(model, cfg, dataset, folder):
     folder.mkdir()
     plain = merged_state(model.state_dict(), cfg.model.relora)
-    for name, write in writers(plain, cfg.model, dataset).items():
+    for name, (write, _) in writers(plain, cfg.model, dataset).items():
         write(folder / name)
     return folder
 

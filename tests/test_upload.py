@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 
@@ -76,6 +77,47 @@ def test_a_hub_that_is_away_does_not_disturb_training_and_the_rest_goes_up_later
     printed = lab.run("export.py", "upload", tmp_path / "runs" / "run", env=env)
     assert f"{len(expected_titles()) - 1} commits made" in printed
     assert sorted(commit["title"] for commit in hub.commits["models/lab/model", "run"]) == expected_titles()
+
+
+TIMED = """
+import threading, time
+import dist, train, upload
+spent = 0.0
+
+def timed(function):
+    def call(*args, **options):
+        global spent
+        begun = time.perf_counter()
+        try:
+            return function(*args, **options)
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                spent += time.perf_counter() - begun
+    return call
+
+for name, function in list(vars(upload.Uploader).items()):
+    if callable(function) and name not in ("__init__", "_work"):
+        setattr(upload.Uploader, name, timed(function))
+loop = train.loop
+
+def measured(*args):
+    global spent
+    spent, begun = 0.0, time.perf_counter()
+    loop(*args)
+    print(f"uploads took {spent / (time.perf_counter() - begun):.6f} of the training thread")
+
+train.loop = measured
+dist.command(train.main)
+"""
+
+
+def test_uploads_take_next_to_nothing_of_the_training_thread(dataset, tmp_path, hub):
+    (tmp_path / "timed.py").write_text(TIMED)
+    turn, hub.retry_after = itertools.count(1), 0
+    hub.faults = [lambda line: 503 if next(turn) % 3 == 0 else None]
+    printed = lab.run(tmp_path / "timed.py", config(dataset, tmp_path, **uploads()), env=hub.env(tmp_path / "hf"))
+    assert float(re.search(r"uploads took (\S+) of the training thread", printed)[1]) <= 0.01
+    assert "models/lab/model" in str(hub.commits)
 
 
 def test_save_to_hf_without_a_repository_is_refused(dataset, tmp_path):

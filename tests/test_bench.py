@@ -1,0 +1,83 @@
+"""The benchmark measures what it says; and what it is about: no recompilation at merges, no waiting for the device."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bench
+import lab
+import timing
+import train
+
+SMALL = ("model.d_model=32", "model.n_layers=1", "model.vocab_size=64", "model.attention_n_heads=4",
+         "model.attention_n_kv_heads=2", "model.activation_hidden_dim=64")
+
+
+def trainer(compiled=False, device="cpu"):
+    case = bench.Case("tiny", "r4", 0.0, compiled, 2, 16, None)
+    return bench.trainer(case, bench.case_config(case, SMALL), torch.device(device)), torch.randint(64, (2, 17), device=device)
+
+
+def test_the_command_measures_and_compares(tmp_path):
+    done = subprocess.run([sys.executable, lab.ROOT / "bench.py", "--baseline", "hf", "--modes", "full", "r16", "--batch", "1",
+                           "--seq-len", "32", "--rounds", "2", "--steps", "1", "--attention", "--run", "--json",
+                           tmp_path / "b.json"],
+                          capture_output=True, text=True, timeout=200, check=True)
+    found = json.loads((tmp_path / "b.json").read_text())
+    cases = {r["mode"]: r for r in found if "mode" in r}
+    assert cases.keys() == {"full", "r16", "hf"}
+    for r in cases.values():
+        assert r["tokens_per_second"] == pytest.approx(32 / r["step_seconds"]) and r["steps_timed"] == 2
+        assert 10**8 < r["peak_bytes"] < 10**10 and r["name"] in done.stdout
+    parts = {"data_wait", "forward_backward", "optimizer", "checkpoint_blocking", "checkpoint_stall", "checkpoint_slowdown"}
+    assert cases["full"]["seconds_of"].keys() == parts and cases["r16"]["seconds_of"].keys() == parts | {"merge"}
+    assert "ratios to tiny stock transformers Llama" in done.stdout
+    run = next(r for r in found if r["name"] == "whole run")
+    assert run["tokens_per_second"] > 0 and 0 <= run["data/wait_fraction"] < 1
+    sweep = [r for r in found if r["name"] == "attention"]
+    assert {r["head_dim"] for r in sweep} == {8, 32, 64, 128} and any(r["milliseconds"] for r in sweep)
+
+
+def test_merges_recompile_nothing():
+    t, rows = trainer(compiled=True)
+    found = timing.recompilations(t, rows)
+    assert found["graphs"] > 0 and found["over_3_merges"] == 0
+
+
+class Reads(TorchDispatchMode):
+    """Counts what the host reads from tensors: on a GPU each of it waits for the device."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_update_reads_nothing_from_the_device():
+    t, rows = trainer()
+    train.train_step(t, [(0, rows)])
+    with Reads() as reads:
+        torch.ones(()).item()
+        assert reads.count == 1, "the recorder sees it"
+        for _ in range(3):
+            train.set_learning_rate(t)
+            train.train_step(t, [(0, rows), (1, rows)])
+    assert reads.count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_update_never_waits_for_a_gpu():
+    t, rows = trainer(device="cuda")
+    train.train_step(t, [(0, rows)])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            train.set_learning_rate(t)
+            train.train_step(t, [(0, rows), (1, rows)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

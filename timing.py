@@ -1,0 +1,156 @@
+"""What bench.py measures inside of a process: the parts of a step, checkpoints, attention, recompilation, conversion."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import checkpoint
+import dist
+import export
+import kernels
+import train
+from data import BatchLoader, TokenDataset
+from parquet import convert_parquet
+from relora import merge_and_reinit, merged_state, reset_optimizer
+from shards import shard_entry, write_index, write_shards
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held. On Linux not from getrusage, which also knows who started us."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def our_step(t: train.Trainer, rows: torch.Tensor) -> Callable[[], None]:
+    """One update of ours."""
+    def step() -> None:
+        train.set_learning_rate(t)
+        train.train_step(t, [(0, rows)])
+    return step
+
+
+def merge(t: train.Trainer) -> None:
+    merge_and_reinit(t.model, seed=0, step=t.step)
+    reset_optimizer(t.optimizers, t.model, seed=0, step=t.step)
+
+
+def breakdown(t: train.Trainer, rows: torch.Tensor) -> dict[str, float]:
+    """Seconds of the parts of a step, medians of 5, and of what is due now and then."""
+    parts: dict[str, list[float]] = {"data_wait": [], "forward_backward": [], "optimizer": []}
+    loss = torch.zeros(())
+
+    def forward_backward() -> None:
+        nonlocal loss
+        loss = train.accumulate(t, [(0, rows)])
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder) / "train", rows.cpu().numpy().repeat(8, 0), t.cfg.model.vocab_size, "random")
+        with BatchLoader(TokenDataset(folder), t.step, len(rows), 1, 0, 1, t.device) as batches:
+            for _ in range(5):
+                parts["data_wait"].append(seconds(lambda: batches.next(60), t.device))
+                parts["forward_backward"].append(seconds(forward_backward, t.device))
+                parts["optimizer"].append(seconds(lambda: train.update(t, loss), t.device))
+        found = {name: statistics.median(values) for name, values in parts.items()}
+        if t.cfg.model.relora is not None:
+            found["merge"] = seconds(lambda: merge(t), t.device)
+        return found | checkpoint_costs(t, rows, Path(folder))
+
+
+def checkpoint_costs(t: train.Trainer, rows: torch.Tensor, folder: Path) -> dict[str, float]:
+    """Seconds that a checkpoint takes when it is waited for, and when training goes on: standing still, and run slower."""
+    step = our_step(t, rows)
+    usual = statistics.median(seconds(step, t.device) for _ in range(3))
+    saver = checkpoint.Saver(t.cfg.checkpointing, folder, print)
+
+    def save() -> None:
+        state = checkpoint.gather_state(t.model, t.optimizers)
+        files = export.writers(merged_state(state["model"], t.cfg.model.relora), t.cfg.model, folder)
+        saver.save(t.step, files | {"training_state/checkpoint.pt": checkpoint.torch_writer(state | {"step": t.step})})
+    blocking = seconds(save, t.device) + seconds(saver.wait, t.device)
+    step()
+    stall, slower = seconds(save, t.device), 0.0
+    while saver.busy:
+        slower += max(0.0, seconds(step, t.device) - usual)
+    if saver.error is not None:
+        raise saver.error
+    return {"checkpoint_blocking": blocking, "checkpoint_stall": stall, "checkpoint_slowdown": slower}
+
+
+def sweep_attention(batch: int, length: int) -> list[dict[str, Any]]:
+    """Milliseconds of forward and backward of causal attention, 12 heads on 4, by head_dim and backend."""
+    device = dist.pick_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ways = {backend.name: functools.partial(sdpa_of, backend) for backend in
+            (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)}
+    ways["blocks (kernels.py)" if device.type == "cpu" else "torch's choice"] = kernels.causal_attention
+    found = []
+    for head_dim in (8, 32, 64, 128):
+        q, k, v = (torch.randn(batch, heads, length, head_dim, device=device, dtype=dtype, requires_grad=True)
+                   for heads in (12, 4, 4))
+        for name, attention in ways.items():
+            def once(attention=attention, q=q, k=k, v=v) -> None:
+                torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
+            try:
+                took = 1e3 * statistics.median(seconds(once, device) for _ in range(5))
+            except RuntimeError:  # not for these shapes, or not on this device
+                took = None
+            found.append({"name": "attention", "head_dim": head_dim, "backend": name, "milliseconds": took})
+            print(f"attention, {batch} x {length}, head_dim {head_dim:3}, {name:20} "
+                  f"{'not available' if took is None else f'{took:8.2f} ms'}", flush=True)
+    return found
+
+
+def sdpa_of(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(backend):
+        return kernels.causal_attention(q, k, v, fast=False)
+
+
+def recompilations(t: train.Trainer, rows: torch.Tensor) -> dict[str, int]:
+    """Graphs that torch.compile makes in the first step, and in 9 more with 3 merges among them."""
+    step, stats = our_step(t, rows), torch._dynamo.utils.counters["stats"]
+    step()
+    first = stats["unique_graphs"]
+    for _ in range(3):
+        merge(t)
+        for _ in range(3):
+            step()
+    return {"graphs": first, "over_3_merges": stats["unique_graphs"] - first}
+
+
+def conversion(folder: Path, vocab_size: int) -> dict[str, float]:
+    """Convert rows.parquet of a folder to a shard, on one core, and read it back."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    start = time.perf_counter()
+    made = convert_parquet(folder / "rows.parquet", folder / "shard-00000.npy", vocab_size)
+    took = time.perf_counter() - start
+    peak = peak_memory()
+    entry = shard_entry(folder / "shard-00000.npy", made.rows)
+    write_index(folder, [entry], made.row_length, vocab_size, "random")
+    dataset, batch = TokenDataset(folder.parent, folder.name), 64
+    start = time.perf_counter()
+    for step in range(made.rows // batch):
+        dataset.batch(step, batch)
+    speed = made.rows * made.row_length / (time.perf_counter() - start)
+    return {"convert_seconds": took, "peak_bytes": peak, "tokens_per_second": speed}

@@ -1,0 +1,73 @@
+"""How a model is wrapped for training: compiled, under DDP or FSDP2, or bare; and what optimizes it.
+
+The only place that knows which of them it is. train.py keeps the bare model for saving, and trains through `parallelize`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import dist
+from config import Config
+from model import PicoDecoder
+
+
+def parallelize(model: PicoDecoder, cfg: Config, device: torch.device) -> nn.Module:
+    """What to train through: the model itself, DDP around it, or FSDP2 in it; blocks compiled where asked.
+
+    FSDP2 shards each block as a group; embedding, norm and head stay with the root, whose forward needs the whole
+    head weight for the chunked loss.
+    """
+    compiled = cfg.training.compile if cfg.training.compile is not None else device.type == "cuda"
+    if compiled:
+        for layer in model.layers:
+            layer.compile()
+    if dist.world_size() == 1:
+        return model
+    if cfg.training.strategy != "fsdp":
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch >= 2.13
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True,
+                                       **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+    mesh = init_device_mesh(device.type, (dist.world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def gradient_sync(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Let ranks exchange gradients on the last micro-batch of an update only."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+    elif isinstance(wrapped, DistributedDataParallel) and not last:
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward outside of training FSDP2's root stays whole; touch no parameters before this."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
+    """The optimizers of the trainable parameters; Muon takes the blocks' matrices and leaves the rest to AdamW."""
+    o = cfg.training.optimization
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trainable if o.optimizer == "muon" and p.dim() == 2 and name.startswith("layers.")]
+    rest = [p for _, p in trainable if not any(p is m for m in matrices)]
+    common = {"lr": o.lr, "weight_decay": o.weight_decay}
+    if o.optimizer == "sgd":
+        return [torch.optim.SGD(rest, momentum=o.momentum, fused=True, **common)]
+    adam = torch.optim.Adam if o.optimizer == "adam" else torch.optim.AdamW
+    optimizers: list[torch.optim.Optimizer] = [adam(rest, betas=tuple(o.betas), fused=True, **common)]
+    if matrices:  # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both
+        optimizers.append(torch.optim.Muon(matrices, momentum=o.momentum, adjust_lr_fn="match_rms_adamw", **common))
+    return optimizers
