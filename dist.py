@@ -13,6 +13,7 @@ import errno
 import faulthandler
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from config import UserError
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LAUNCHER_SECONDS = 30  # for torchrun's store to answer
 
 _hosts: torch_dist.ProcessGroup | None = None  # for votes, which must not wait for a device
 _patient: torch_dist.ProcessGroup | None = None  # for objects: one rank may be downloading while the others wait
@@ -73,10 +75,10 @@ def session(wanted_device: str = "auto", hang_minutes: float = 30, patience_minu
     elif local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which idles the cores of a laptop
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if "RANK" in os.environ:
-        _die_with_parent()
+        _die_with_torchrun()
         hang, patience = (datetime.timedelta(minutes=m) for m in (hang_minutes, hang_minutes + patience_minutes))
+        store, _, _ = next(torch_dist.rendezvous("env://", timeout=hang))
         # workers that torchrun restarts find the addresses of their dead predecessors in its store (torch 2.13)
-        store, _, _ = next(torch_dist.rendezvous("env://"))
         store = torch_dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank(),
                                       world_size=world_size(), timeout=hang)
@@ -88,11 +90,20 @@ def session(wanted_device: str = "auto", hang_minutes: float = 30, patience_minu
         torch_dist.destroy_process_group()
 
 
-def _die_with_parent() -> None:
-    """Have Linux kill this worker when its torchrun dies, so that none trains on as an orphan."""
+def _die_with_torchrun() -> None:
+    """Have Linux kill this worker when its torchrun dies, so that none trains on as an orphan.
+
+    Raises UserError where it is dead already: its store, which is there before its workers are, does not answer.
+    """
     if sys.platform == "linux":
         import ctypes
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(store, timeout=LAUNCHER_SECONDS).close()
+        except OSError as error:
+            raise UserError(f"torchrun at {store[0]}:{store[1]} does not answer ({error}); start it again") from None
 
 
 @contextlib.contextmanager

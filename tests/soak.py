@@ -43,7 +43,11 @@ def kill(process, victim: str, rng: random.Random) -> None:
               "everything": everyone}[victim]
     for pid in chosen:
         lab.send(pid, signal.SIGKILL)
-    lab.wait_until(lambda: process.poll() is not None and not any(map(lab.alive, everyone)), timeout=60, pause=0.05)
+    try:
+        lab.wait_until(lambda: process.poll() is not None and not any(map(lab.alive, everyone)), timeout=60, pause=0.05)
+    finally:
+        for pid in filter(lab.alive, everyone):  # found wanting; adopted by init, nobody else would find them
+            lab.send(pid, signal.SIGKILL)
 
 
 def soak(runs: lab.Lab, kills: int, seed: int, say=lambda words: None) -> dict[str, Counter]:

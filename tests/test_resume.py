@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 
 import pytest
 
@@ -68,3 +69,18 @@ def test_killed_while_a_later_checkpoint_is_written_and_at_a_random_moment(runs)
 def test_whichever_process_is_killed_nothing_is_lost_and_no_orphan_trains_on(tmp_path, dataset):
     told = soak.soak(lab.Lab(tmp_path, dataset), kills=3, seed=random.SystemRandom().randint(0, 10**6))
     assert told["totals"]["kills"] == 3
+
+
+def test_workers_whose_torchrun_died_before_they_knew_it_end_too(tmp_path, dataset):
+    runs = lab.Lab(tmp_path, dataset)
+    process = lab.start("train.py", runs.config("orphaned"), "training.strategy=ddp", lab.HALF, ranks=2)
+    lab.wait_until(lambda: len(lab.workers(process)) == 2, timeout=60)
+    orphans = lab.workers(process)
+    lab.send(process.pid, signal.SIGKILL)  # they are still importing torch
+    try:
+        lab.wait_until(lambda: not any(map(lab.alive, orphans)), timeout=40, pause=0.05)
+    finally:
+        for pid in orphans:
+            lab.send(pid, signal.SIGKILL)
+        words = process.communicate(timeout=20)[1]
+    assert words.count("torchrun at") == 1 and "does not answer" in words, words
