@@ -60,7 +60,8 @@ def losses_of(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> n
     was_training = model.training
     model.eval()
     try:
-        with torch.autocast(inputs.device.type, enabled=False):
+        # eagerly: rows of another length than training's would have compiled blocks built again, for any length
+        with torch.autocast(inputs.device.type, enabled=False), torch.compiler.set_stance("force_eager"):
             return model(inputs, labels, reduction="none").cpu().double().sum(1).numpy()
     finally:
         model.train(was_training)

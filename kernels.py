@@ -208,7 +208,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, fast: bool = True) -> Tens
         pieces = zip(*(t.split(_Blocks.batch(q, k)) for t in (q, k, v)))
         return torch.cat([_CausalAttention.apply(*piece) for piece in pieces])
     gqa = q.size(1) != k.size(1)
-    if gqa and q.device.type != "cuda":  # MPS has no grouped kernel, and CPU's is 10 % slower than copies
+    if gqa and (q.device.type != "cuda" or q.dtype == torch.float32):
+        # MPS has no grouped kernel, CUDA's take no float32, and CPU's is 10 % slower than copies
         k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
         gqa = False
     # is_causal without a mask tensor: a mask can drop attention to the slow MATH backend unannounced

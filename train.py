@@ -35,7 +35,7 @@ from model import PicoDecoder
 from relora import (apply_relora, derive_seed, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state,
                     relora_layers, reset_optimizer)
 from run import Progress, RunFolder, run_folder
-from wrap import gradient_sync, make_optimizers, parallelize, reshard
+from wrap import gradient_sync, make_optimizers, parallelize, reshard, wrapping
 
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # dense bf16, by a part of the GPU's name
 MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
@@ -96,12 +96,14 @@ def loop(t: Trainer, batches: BatchLoader) -> None:
     t.folder.start_bar(t.step, cfg.last_step)
     t.progress.start_window(t.step)
     while True:
-        if t.step != t.saved and (t.step % cfg.checkpointing.save_every_n_steps == 0 or t.step == cfg.last_step):
+        due = t.step != t.saved and (t.step % cfg.checkpointing.save_every_n_steps == 0 or t.step == cfg.last_step)
+        if t.step < cfg.last_step or due and cfg.checkpointing.learning_dynamics is not None:
+            batch = next_batch(t, batches)  # before the snapshot, which looks at the same rows and could not wait for them
+        if due:
             with t.progress.paused():
                 save(t)
         if t.step >= cfg.last_step:
             break
-        batch = next_batch(t, batches)
         if cfg.model.relora and not relora_layers(t.model) and t.step >= cfg.model.relora.warm_start_steps:
             begin_relora(t)
         if merge_due(t.step, cfg) and t.progress.merged_at != t.step:
@@ -136,9 +138,9 @@ def end_together(t: Trainer, problem: UserError | None = None, waiting: bool = F
     """A vote, which every rank must hold: raises Ending if any rank has a reason; whether any rank is `waiting`."""
     problem = problem or t.saver.error
     ended, caught, anyone_waits = dist.largest(problem is not None, guard.stop_signal(), waiting)
-    if ended:
-        words = str(problem or "another rank had to end; its message is above")
-        raise guard.Ending(words, 2 if isinstance(problem, DataError) else 1)
+    if ended:  # every rank raises, and rank 0 tells, what the first of them met
+        mine = problem and (str(problem), 2 if isinstance(problem, DataError) else 1)
+        raise guard.Ending(*next(theirs for theirs in dist.gather(mine) if theirs))
     guard.stop_point(caught)
     return anyone_waits
 
@@ -193,7 +195,8 @@ def log(t: Trainer, batches: BatchLoader) -> None:
     window = t.progress.read(t.step)
     if window.worst_in_a_row >= t.cfg.training.max_nonfinite_steps:
         raise TrainingError(f"step {t.step}: {window.worst_in_a_row:.0f} updates in a row were skipped because loss or "
-                            f"gradient was not finite; lower training.optimization.lr or set training.grad_clip=1.0")
+                            f"gradient was not finite; set training.grad_clip=1.0, or lower training.optimization.lr "
+                            "under another run_name")
     seq_len, rows = t.cfg.model.max_seq_len, t.cfg.data.dataloader.batch_size
     speed = window.steps * rows * seq_len / window.seconds
     rate = t.optimizers[0].param_groups[0]["lr"]
@@ -248,7 +251,8 @@ def probe(t: Trainer) -> tuple[Tensor, float]:
     rows = t.dataset.rows(t.step * t.cfg.data.dataloader.batch_size, 1)[:, :PROBE_TOKENS + 1]
     ids = torch.from_numpy(rows.astype(np.int64)).to(t.device)
     t.model.eval()
-    logits = t.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
+    with torch.compiler.set_stance("force_eager"):  # its length would have compiled blocks built again
+        logits = t.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
     t.model.train()
     reshard(t.model)
     return logits, F.cross_entropy(logits[0], ids[0, 1:]).item()
@@ -303,10 +307,11 @@ def keep(t: Trainer) -> None:
         optimizer.zero_grad(set_to_none=True)
     reshard(t.model)
     t.saver.wait()
-    if t.step != t.saved or t.saver.error is not None:
+    if dist.largest(t.step != t.saved or t.saver.error is not None)[0]:  # only rank 0 writes, and knows of errors
         t.folder.say(f"writing a checkpoint of step {t.step}")
         save(t, whole=False)
         t.saver.wait()
+    dist.barrier()  # when one rank has ended, torchrun gives the others 30 s
 
 
 # ---- setting up ----------------------------------------------------------------------------------------------
@@ -380,9 +385,8 @@ def build(t: Trainer, adapters: bool, weights: dict[str, Tensor] | None = None,
 
 def describe(t: Trainer) -> None:
     micro, accumulation = t.cfg.micro_batches(dist.world_size())
-    strategy = type(t.wrapped).__name__.replace("DistributedDataParallel", "DDP").replace("PicoDecoder", "no wrapping")
     t.folder.say(f"{t.model.num_parameters():,} parameters, {t.model.num_parameters(trainable_only=True):,} trainable; "
-                 f"{dist.world_size()} x {t.device.type}, {strategy}, {t.precision}")
+                 f"{dist.world_size()} x {t.device.type}, {wrapping(t.wrapped)}, {t.precision}")
     t.folder.say(f"{t.dataset.folder}: {len(t.dataset):,} rows of {t.dataset.row_length} tokens; an update takes "
                  f"{dist.world_size()} ranks x {accumulation} x {micro} rows; run folder {t.folder.path}")
 

@@ -42,6 +42,13 @@ def parallelize(model: PicoDecoder, cfg: Config, device: torch.device) -> nn.Mod
     return fully_shard(model, mesh=mesh)
 
 
+def wrapping(wrapped: nn.Module) -> str:
+    """The name of what `parallelize` has done."""
+    if isinstance(wrapped, DistributedDataParallel):
+        return "DDP"
+    return "FSDP2" if isinstance(wrapped, FSDPModule) else "no wrapping"
+
+
 def gradient_sync(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Let ranks exchange gradients on the last micro-batch of an update only."""
     if isinstance(wrapped, FSDPModule):
@@ -65,7 +72,11 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer
     rest = [p for _, p in trainable if not any(p is m for m in matrices)]
     common = {"lr": o.lr, "weight_decay": o.weight_decay}
     if o.optimizer == "sgd":
-        return [torch.optim.SGD(rest, momentum=o.momentum, fused=True, **common)]
+        sgd = torch.optim.SGD(rest, momentum=o.momentum, fused=True, **common)
+        if o.momentum:  # torch makes them, uninitialised, in the first update, which may be one that is skipped
+            for p in rest:
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return [sgd]
     adam = torch.optim.Adam if o.optimizer == "adam" else torch.optim.AdamW
     optimizers: list[torch.optim.Optimizer] = [adam(rest, betas=tuple(o.betas), fused=True, **common)]
     if matrices:  # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both

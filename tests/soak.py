@@ -58,7 +58,7 @@ def soak(runs: lab.Lab, kills: int, seed: int, say=lambda words: None) -> dict[s
         name = f"run-{told['totals']['runs']}"
         ended = False
         while not ended:
-            wanted = told["totals"]["kills"] < kills
+            wanted = told["totals"]["kills"] < kills and lines(runs.folder / name) < 20  # a kill of what is done hits nothing
             hit = one_round(runs, name, rng, told) if wanted else None
             if not wanted:
                 runs.train(name, *WORDS, ranks=2)

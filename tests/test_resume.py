@@ -67,7 +67,9 @@ def test_killed_while_a_later_checkpoint_is_written_and_at_a_random_moment(runs)
 
 
 def test_whichever_process_is_killed_nothing_is_lost_and_no_orphan_trains_on(tmp_path, dataset):
-    told = soak.soak(lab.Lab(tmp_path, dataset), kills=3, seed=random.SystemRandom().randint(0, 10**6))
+    seed = random.SystemRandom().randint(0, 10**6)
+    print(f"seed {seed}")  # shown where it fails
+    told = soak.soak(lab.Lab(tmp_path, dataset), kills=3, seed=seed)
     assert told["totals"]["kills"] == 3
 
 
