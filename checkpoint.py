@@ -86,7 +86,7 @@ def load_optimizer_state(model: nn.Module, optimizers: Iterable[torch.optim.Opti
     """Give each parameter that `state` names its saved moments, sharded as the parameter is."""
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        packed, index = {}, 0
+        packed, index = optimizer.state_dict()["state"], 0  # what new parameters begin with stays
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 values = state.get(names[id(parameter)])

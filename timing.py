@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import dist
+import evaluate
 import export
 import kernels
 import train
@@ -127,11 +128,16 @@ def sdpa_of(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
 
 
 def recompilations(t: train.Trainer, rows: torch.Tensor) -> dict[str, int]:
-    """Graphs that torch.compile makes in the first step, and in 9 more with 3 merges among them."""
+    """Graphs that torch.compile makes in the first step, and in 9 more with 3 merges and evaluations among them."""
     step, stats = our_step(t, rows), torch._dynamo.utils.counters["stats"]
+
+    def evaluate_shorter() -> None:  # as Paloma's rows are, and the small batch that a merge is checked on
+        evaluate.losses_of(t.model, rows[:, :-2], rows[:, 1:-1])
+    evaluate_shorter()
     step()
     first = stats["unique_graphs"]
     for _ in range(3):
+        evaluate_shorter()
         merge(t)
         for _ in range(3):
             step()

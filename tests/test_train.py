@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import lab
+import train
 from config import load_config
 from data import TokenDataset
 from model import PicoDecoder
@@ -29,17 +30,22 @@ dist.command(train.main)
 """
 NAN_ON_RANK_1 = """
 import hashlib, json, math, os, sys
+import torch
 import dist, train
 from config import load_config
 from model import PicoDecoder
 
-forward, calls = PicoDecoder.forward, 0
+class SpoilsGradients(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, loss: loss.clone())
+    backward = staticmethod(lambda ctx, gradient: gradient * math.inf)
+
+forward, calls, spoil = PicoDecoder.forward, 0, None
 
 def broken(model, ids, labels=None, **options):
     global calls
     calls += model.training
     loss = forward(model, ids, labels, **options)
-    return loss * math.nan if model.training and calls == 13 and os.environ["RANK"] == "1" else loss  # in update 7
+    return spoil(loss) if model.training and calls == 13 and os.environ["RANK"] == "1" else loss  # in update 7
 
 loop = train.loop
 
@@ -53,7 +59,7 @@ def checked(t, *others):
 PicoDecoder.forward, train.loop = broken, checked
 with dist.session("cpu") as device:
     for path, *words in json.loads(sys.argv[1]):
-        calls = 0
+        calls, spoil = 0, SpoilsGradients.apply if "gradient" in path else lambda loss: loss * math.nan
         train.train(load_config(path, words), device)
 """
 
@@ -75,12 +81,13 @@ def pair(worlds):
     others = [("single", "ddp"), ("single", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")]
     for before, after in others:
         worlds.copy(before, f"{before}-to-{after}", 10)
-    worlds.train_in_turn(
+    printed = worlds.train_in_turn(
         *((f"{before}-to-{after}", *(DDP if after == "ddp" else FSDP), *BARE) for before, after in others),
         ("fsdp-muon", *FSDP, *BARE, SHORT, "training.optimization.optimizer=muon"),
         ("ddp-bare", *DDP, *BARE), ("ddp-warm", *DDP, *BARE, WARM),
         *(("ddp-warm-" + stop, *DDP, *QUICK, WARM, *words) for stop in ("5", "10")
           for words in ([f"training.stop_at_step={stop}"], [])), ranks=2)
+    assert printed.count("resumed at step 10") == 5 and printed.count("resumed at step 5") == 1
     return worlds
 
 
@@ -105,6 +112,7 @@ def test_two_ranks_train_as_one_does(worlds, strategy):
 @pytest.mark.parametrize("name", ["single-to-ddp", "single-to-fsdp", "ddp-to-fsdp", "fsdp-to-ddp"])
 def test_another_strategy_goes_on_from_a_checkpoint(pair, name):
     close(pair.metrics(name), pair.metrics("single"), abs=1e-4)
+    close(pair.metrics(name, "trainer/grad_norm"), pair.metrics("single", "trainer/grad_norm"), rel=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -187,7 +195,7 @@ def test_a_warm_start_ends_in_fewer_trained_parameters_and_no_jump(warm, worlds)
 @pytest.mark.parametrize("step", [5, 10])
 def test_a_warm_start_resumes_before_and_after_its_end(warm, pair, step):
     warm.copy("warm", f"warm-{step}", step)
-    warm.train(f"warm-{step}", WARM)
+    assert f"resumed at step {step}" in warm.train(f"warm-{step}", WARM)
     assert warm.metrics(f"warm-{step}") == warm.metrics("warm")
     assert pair.metrics(f"ddp-warm-{step}") == pair.metrics("ddp-warm")
     close(pair.metrics("ddp-warm"), warm.metrics("warm"), abs=1e-4)
@@ -207,6 +215,17 @@ def test_every_optimizer_learns_across_merges(here, optimizer, lr):
     here.train(optimizer, f"training.optimization.optimizer={optimizer}", f"training.optimization.lr={lr}", *BARE)
     falls(here.metrics(optimizer))
     assert list(here.metrics(optimizer, "relora/reset_count")) == [5, 10, 15]
+
+
+def test_sgd_survives_a_warm_start_and_a_first_update_that_is_skipped(here, monkeypatch):
+    accumulate, poison = train.accumulate, torch.empty_like
+    monkeypatch.setattr(train, "accumulate", lambda t, batch: accumulate(t, batch) * (math.nan if t.step == 0 else 1))
+    monkeypatch.setattr(torch, "empty_like", lambda like, **options: poison(like, **options).fill_(1e20))  # as memory may hold
+    here.train("skips", "training.optimization.optimizer=sgd", "training.optimization.lr=0.1", WARM, *BARE)
+    monkeypatch.undo()
+    assert here.metrics("skips")[1] is None
+    losses = list(here.metrics("skips").values())[1:]
+    assert all(loss < 5 for loss in losses) and losses[-1] < losses[0] - 0.5
 
 
 def test_muon_learns_on_sharded_parameters(pair):
@@ -243,11 +262,12 @@ def test_gradients_are_clipped_as_torch_clips_them(here, optimizer):
 # ---- losses that are not finite ------------------------------------------------------------------------------
 
 def test_all_ranks_skip_what_is_not_finite_on_one(here):
-    names = {"nan-ddp": DDP, "nan-fsdp": FSDP}
+    muon = "training.optimization.optimizer=muon"
+    names = {"nan-ddp": DDP, "nan-fsdp": FSDP, "gradient-ddp": DDP, "gradient-fsdp": FSDP, "gradient-muon": (*DDP, muon)}
     here.train_in_turn(*((name, *words, *BARE, SHORT) for name, words in names.items()), ranks=2, script=NAN_ON_RANK_1)
     for name in names:
         losses = here.metrics(name)
-        assert [step for step, loss in losses.items() if loss is None] == [7]
+        assert [step for step, loss in losses.items() if loss is None] == [7]  # the update counts for nothing
         assert set(list(here.metrics(name, "trainer/inf_or_nan_count").values())[6:]) == {1}
         falls(losses)
 
