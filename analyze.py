@@ -13,6 +13,7 @@ null with its reason. What has been measured is kept in analysis/cache, so a sec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -135,23 +136,37 @@ class Run:
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
-def rows_of_step(run: Run, step: int, requests: list[Request]) -> list[dict[str, Any]]:
-    """Every requested measure at one step, as rows of FIELDS."""
-    rows = []
-    for request in requests:
-        single = [m for m in request.metrics if m in SINGLE]
-        if request.data == "updates":
-            steps = [s for s in run.folders if s < step]
-            bases = {"since the start": steps[:1], "since the last snapshot": steps[-1:]}
-            for label, base in bases.items():
-                if base:
-                    before, now = run.components(base[0], request), run.components(step, request)
-                    delta = {name: now[name] - before[name] for name in now if name in before}
-                    rows += _single(delta, single, step, request.split, f"updates {label}")
-        elif single:
-            rows += _single(run.components(step, request), single, step, request.split, request.data)
-        if paired := [m for m in request.metrics if m in PAIRED]:
-            rows += _paired(run, step, request, paired)
+def bases(run: Run, step: int) -> dict[str, int]:
+    """The snapshots that the updates of a step are counted from."""
+    before = [s for s in run.folders if s < step]
+    return {"since the start": before[0], "since the last snapshot": before[-1]} if before else {}
+
+
+def target_of(run: Run, request: Request) -> int:
+    target = max(run.folders) if request.target is None else request.target
+    if target not in run.folders:
+        raise AnalysisError(f"target_checkpoint: step {target} has no snapshot in {run.path}; there are "
+                            f"{', '.join(map(str, run.folders))}")
+    return target
+
+
+def steps_read(run: Run, step: int, request: Request) -> list[int]:
+    """The snapshots that a request looks at for one step."""
+    others = list(bases(run, step).values()) if request.data == "updates" else []
+    return [step, *others, *([target_of(run, request)] if set(request.metrics) & set(PAIRED) else [])]
+
+
+def measure(run: Run, step: int, request: Request) -> list[dict[str, Any]]:
+    """What a request asks for at one step, as rows of FIELDS."""
+    single, paired = ([m for m in request.metrics if m in kind] for kind in (SINGLE, PAIRED))
+    if request.data != "updates":
+        now = run.components(step, request)
+        return (_single(now, single, step, request.split, request.data) if single else []) + _paired(run, step, request, paired)
+    rows, now = [], run.components(step, request)
+    for label, base in bases(run, step).items():
+        before = run.components(base, request)
+        delta = {name: now[name] - before[name] for name in now if name in before}
+        rows += _single(delta, single, step, request.split, f"updates {label}")
     return rows
 
 
@@ -169,17 +184,14 @@ def _single(matrices: dict[str, Tensor], metrics: list[str], step: int, split: s
         found = measures.of_matrix(matrix, spectra[name])
         reasons = found.get("undefined", {})
         rows += [_row(step, split, data, name, metric, found[metric], reasons.get(metric)) for metric in metrics]
-        rows.append(_row(step, split, data, name, "spectrum", [float(f"{v:.5g}") for v in spectra[name].tolist()], None))
+        spectrum = [float(f"{v:.5g}") for v in spectra[name].tolist()] if spectra[name].isfinite().all() else None
+        rows.append(_row(step, split, data, name, "spectrum", spectrum, None if spectrum else "the matrix is not finite"))
     return rows
 
 
 def _paired(run: Run, step: int, request: Request, metrics: list[str]) -> list[dict[str, Any]]:
-    target = max(run.folders) if request.target is None else request.target
-    if target not in run.folders:
-        raise AnalysisError(f"target_checkpoint: step {target} has no snapshot in {run.path}; there are "
-                            f"{', '.join(map(str, run.folders))}")
+    target, rows = target_of(run, request), []
     here, there = run.components(step, request), run.components(target, request)
-    rows = []
     for metric in metrics:
         for name in here:
             value, reason = None, None
@@ -196,20 +208,22 @@ def _row(step: int, split: str, data: str, component: str, metric: str, value: A
 
 
 def analyse(run: Run, requests: list[Request], steps: list[int], out: Path) -> list[dict[str, Any]]:
-    """Rows of all steps, measured or from the cache."""
+    """Rows of all steps, measured or from the cache; where that cannot be written, they are measured each time."""
     rows = []
     fingerprints = {step: run.fingerprint(step) for step in run.folders}
     for step in tqdm(steps, desc=f"analysing {run.path}", unit=" steps", disable=None):
-        others = sorted(fingerprints.items())  # updates and similarities look at other steps too
-        key = hashlib.sha256(repr((requests, step, others)).encode()).hexdigest()[:16]
-        cached = out / "cache" / f"step_{step}-{key}.json"
-        if cached.exists():
-            rows += json.loads(cached.read_text(encoding="utf-8"))
-            continue
-        fresh = rows_of_step(run, step, requests)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_text(cached, json.dumps(fresh, allow_nan=False))
-        rows += fresh
+        for request in requests:
+            read = [(s, fingerprints[s]) for s in steps_read(run, step, request)]
+            key = hashlib.sha256(repr((request, read)).encode()).hexdigest()[:16]
+            cached = out / "cache" / f"step_{step}-{key}.json"
+            if cached.exists():
+                rows += json.loads(cached.read_text(encoding="utf-8"))
+                continue
+            fresh = measure(run, step, request)
+            with contextlib.suppress(OSError):
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                write_text(cached, json.dumps(fresh, allow_nan=False))
+            rows += fresh
     return rows
 
 
@@ -278,14 +292,25 @@ def main() -> None:
     if str(args.runs[0]) == "compare":
         if len(args.runs) < 3:
             raise AnalysisError("compare: give two runs or more")
-        out, tables = args.out or Path("comparison"), {}
-        for path in args.runs[1:]:
+        out, runs = args.out or Path("comparison"), labelled(args.runs[1:])
+        tables = {}
+        for label, path in runs.items():
             run = Run(path)
-            tables[path.name] = analyse(run, DEFAULT, list(run.folders), path / "analysis")
-        print(f"open {report.write_comparison({p.name: p for p in args.runs[1:]}, tables, out)}")
+            tables[label] = analyse(run, DEFAULT, list(run.folders), path / "analysis")
+        print(f"open {report.write_comparison(runs, tables, out)}")
         return
-    for path in args.runs:
-        analyse_run(path, args.config, args.out)
+    for label, path in labelled(args.runs).items():
+        analyse_run(path, args.config, args.out and (args.out / label if len(args.runs) > 1 else args.out))
+
+
+def labelled(paths: list[Path]) -> dict[str, Path]:
+    """Each run by its folder's name, or by as much of its path as tells it from the others."""
+    paths = list(dict.fromkeys(path.resolve() for path in paths))
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        labels = ["/".join(path.parts[-length:]).lstrip("/") for path in paths]
+        if len(set(labels)) == len(paths):
+            break
+    return dict(zip(labels, paths))
 
 
 if __name__ == "__main__":

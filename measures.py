@@ -16,8 +16,10 @@ class Undefined(Exception):
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values in falling order, float64: (..., m, n) -> (..., min(m, n))."""
-    return torch.linalg.svdvals(matrix.double())
+    """Singular values in falling order, float64: (..., m, n) -> (..., min(m, n)); NaN for a matrix that is not finite."""
+    matrix = matrix.double()
+    finite = matrix.isfinite().all(-1).all(-1)[..., None]
+    return torch.linalg.svdvals(torch.where(finite[..., None], matrix, 0.0)).where(finite, torch.nan)
 
 
 def tolerance(values: Tensor, shape: tuple[int, ...]) -> float:
@@ -97,6 +99,8 @@ def pwcca(x: Tensor, y: Tensor) -> float:
 
 
 def centred(x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise Undefined("the activations are not finite")
     return x.double() - x.double().mean(0)
 
 
@@ -126,6 +130,8 @@ def of_matrix(matrix: Tensor, values: Tensor | None = None) -> dict[str, float |
     result: dict = {}
     for name, measure in measures.items():
         try:
+            if not values.isfinite().all():
+                raise Undefined("the matrix is not finite")
             result[name] = measure()
         except Undefined as why:
             result[name] = None

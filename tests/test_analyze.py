@@ -3,11 +3,13 @@
 import csv
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+import analyze
 import lab
 
 DEMO = """
@@ -88,11 +90,23 @@ def test_what_is_undefined_is_null_with_a_reason(runs):
 
 
 def test_a_second_call_measures_only_new_steps(runs, tmp_path):
-    run = tmp_path / "relora"
-    shutil.copytree(runs / "relora", run)
-    before = {p.name: p.stat().st_mtime_ns for p in (run / "analysis/cache").iterdir()}
-    lab.run("analyze.py", run)
-    assert {p.name: p.stat().st_mtime_ns for p in (run / "analysis/cache").iterdir()} == before
+    def cached():
+        return {p.name: p.stat().st_mtime_ns for p in (run / "analysis/cache").iterdir()}
+    run, last = tmp_path / "relora", tmp_path / "step_20"
+    shutil.copytree(runs / "relora", run, ignore=shutil.ignore_patterns("analysis"))
+    shutil.move(run / "checkpoints/step_20", last)
+    lab.call("analyze.py", run)
+    before = cached()
+    shutil.move(last, run / "checkpoints")
+    lab.call("analyze.py", run)
+    after = cached()
+    assert before.items() <= after.items()
+    new = Counter(name.split("-")[0] for name in after.keys() - before.keys())
+    # of older steps only their similarity to the last one, which is another one now
+    assert new == {"step_20": len(analyze.DEFAULT)} | {f"step_{step}": 1 for step in (0, 5, 10, 15)}
+    assert rows(run / "analysis") == rows(runs / "relora/analysis")
+    lab.call("analyze.py", run)
+    assert cached() == after
 
 
 def test_a_yaml_file_of_pico_analyze_runs_unchanged(runs, tmp_path):
@@ -123,9 +137,14 @@ def test_tables_and_the_page_are_complete_and_self_contained(runs):
 
 def test_runs_are_compared(runs, tmp_path):
     lab.run("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert "relora" in page and "full" in page and (tmp_path / "loss.png").exists()
+    assert "Runs compared: relora, full" in (tmp_path / "report.html").read_text() and (tmp_path / "loss.png").exists()
     assert (tmp_path / "effective_rank_updates_since_the_start.png").exists()
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    a, b, c = tmp_path / "a/demo", tmp_path / "b/demo", tmp_path / "c"
+    assert analyze.labelled([a, c]) == {"demo": a, "c": c}
+    assert analyze.labelled([a, b, c, a]) == {"a/demo": a, "b/demo": b, f"{tmp_path.name}/c": c}
 
 
 def test_snapshots_hold_text_and_on_demand_the_optimizer_state(runs):

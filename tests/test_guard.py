@@ -479,6 +479,7 @@ def test_a_run_that_may_not_be_written_is_read_all_the_same(here, disk):
     assert lab.call("sample.py", folder / "run", "--tokens", "4", "--prompt", "1 2 3")
     assert "--out" in lab.call("analyze.py", folder / "run", code=2)
     assert "measures of 5 steps" in lab.call("analyze.py", folder / "run", "--out", here.folder / "analysis")
+    lab.call("analyze.py", "compare", folder / "run", here.folder / "undisturbed", "--out", here.folder / "compared")
     lab.call("export.py", "hf", folder / "run", here.folder / "exported")
 
 

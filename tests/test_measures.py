@@ -98,3 +98,16 @@ def test_too_few_examples_are_undefined():
 def test_low_rank_features_need_only_as_many_examples_as_their_rank():
     x = torch.randn(30, 2, dtype=torch.float64) @ torch.randn(2, 50, dtype=torch.float64)
     assert measures.pwcca(x, 2 * x) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_undefined_and_spoils_nothing_beside_it(bad):
+    spoilt = torch.eye(3)
+    spoilt[1, 2] = bad
+    values = singular_values(torch.stack([spoilt, torch.eye(3)]))
+    found = of_matrix(spoilt, values[0])
+    assert set(found.pop("undefined").values()) == {"the matrix is not finite"} and set(found.values()) == {None}
+    assert values[1].tolist() == [1, 1, 1]
+    for pair in (cka, pwcca):
+        with pytest.raises(Undefined, match="not finite"):
+            pair(X, torch.where(X == 2, bad, X))
