@@ -25,6 +25,10 @@ class Pair(NamedTuple):
 
 def load_pairs(cfg: BlimpConfig) -> list[Pair]:
     """The pairs that cfg asks for, paradigm by paradigm. Every rank must call it. Raises ConfigError naming the key."""
+    return dist.on_rank0(lambda: _load_pairs(cfg))
+
+
+def _load_pairs(cfg: BlimpConfig) -> list[Pair]:
     path = Path(cfg.dataset_name)
     key = "evaluation.blimp.dataset_name"
     try:
@@ -65,9 +69,6 @@ def _from_hub(name: str) -> list[str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     try:
-        if dist.local_rank() == 0:
-            snapshot_download(name, repo_type="dataset", allow_patterns=["*.jsonl", "*.zip", "*.parquet"])
-        dist.barrier()
         folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.jsonl", "*.zip", "*.parquet"]))
     except (HfHubHTTPError, HFValidationError) as error:
         raise ValueError(f"neither a local file nor to be had from the Hub: {str(error).splitlines()[0]}") from None

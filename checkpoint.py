@@ -47,17 +47,17 @@ class CheckpointError(UserError):
 
 # ---- state of model and optimizers --------------------------------------------------------------------------
 
-def _host(tensor: Tensor) -> Tensor:
-    """The whole tensor as a copy in host memory, safe while training goes on. Every rank must call it."""
-    whole = dist.full(tensor.detach())
-    return whole.clone() if whole.device.type == "cpu" else whole.cpu()
+def gather_state(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], everywhere: bool = False) -> dict[str, dict]:
+    """{"model": {name: tensor}, "optimizer": {parameter name: {key: tensor}}}, whole copies in host memory.
 
-
-def gather_state(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, dict]:
-    """{"model": {name: tensor}, "optimizer": {parameter name: {key: tensor}}}, whole, on every rank's CPU.
-
-    Call it on every rank, between updates.
+    On rank 0, or `everywhere`; on other ranks the tensors are None. Call it on every rank, between updates.
     """
+    def _host(tensor: Tensor) -> Tensor | None:
+        whole = dist.full(tensor.detach())
+        if not (everywhere or dist.rank() == 0):
+            return None
+        return whole.clone() if whole.device.type == "cpu" else whole.cpu()
+
     state = {"model": {name: _host(tensor) for name, tensor in model.state_dict().items()}, "optimizer": {}}
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
@@ -125,7 +125,7 @@ def fsync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file in one step."""
-    staged = path.with_name(f"{STAGING}{path.name}")
+    staged = path.with_name(f"{STAGING}{path.name}{dist.node_suffix()}")
     try:
         staged.write_text(text, encoding="utf-8")
         fsync(staged)

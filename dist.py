@@ -47,6 +47,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def node_suffix() -> str:
+    """For names of unfinished files: machines that share a disk must not write to one another's."""
+    node = os.environ.get("GROUP_RANK", "0")
+    return "" if node == "0" else f".node{node}"
+
+
 def print0(*words: Any, **options: Any) -> None:
     if rank() == 0:
         print(*words, flush=True, **options)
@@ -166,6 +172,21 @@ def on_rank0(work: Callable[[], T]) -> T:
     if isinstance(result, UserError):
         raise result
     return result
+
+
+def on_each_node(work: Callable[[], Any]) -> None:
+    """work() on one rank of every machine; what the user can mend of any of them is raised on all ranks, as a UserError."""
+    problem: UserError | None = None
+    if local_rank() == 0:
+        try:
+            work()
+        except UserError as error:
+            problem = error
+        except OSError as error:
+            problem = UserError(str(error))
+    problem = next(filter(None, gather(problem)), None)
+    if problem is not None:
+        raise problem
 
 
 def gather(value: Any) -> list[Any]:

@@ -159,7 +159,8 @@ def plot_spectra(plt, rows: Rows, data: str):
     last = max((r["step"] for r in rows if r["data"] == data), default=None)
     chosen: dict[str, list] = defaultdict(list)
     for row in rows:
-        if row["data"] == data and row["step"] == last and row["metric"] == "spectrum" and row["value"] and "ov_circuit" not in row["component"]:
+        wanted = row["data"] == data and row["step"] == last and row["metric"] == "spectrum" and row["value"]
+        if wanted and "ov_circuit" not in row["component"]:
             chosen[part_of(row["component"])].append((layer_of(row["component"]), row["value"]))
     if not chosen:
         return None

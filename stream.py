@@ -26,7 +26,7 @@ import numpy as np
 
 import dist
 from checkpoint import write_text
-from config import Config, ConfigError, DatasetConfig
+from config import Config, ConfigError, DatasetConfig, UserError
 from data import DataError, TokenDataset, sha256, token_dtype
 from parquet import Converted, convert_parquet
 
@@ -62,12 +62,12 @@ def patiently(action: Callable[[], Any], what: str, minutes: float, stop: thread
         try:
             return action()
         except final as error:
-            raise DataError(f"{what}: {_first_line(error)}") from None
+            raise DataError(f"{what}: {first_line(error)}") from None
         except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
             if time.monotonic() + pause > deadline:
-                raise DataError(f"{what}: gave up after {minutes:g} minutes ({_first_line(error)}); the run can be "
+                raise DataError(f"{what}: gave up after {minutes:g} minutes ({first_line(error)}); the run can be "
                                 f"resumed when the Hub is back, or wait longer with data.dataset.patience_minutes") from None
-            tell(f"{what}: {_first_line(error)}; trying again in {pause:.0f} s")
+            tell(f"{what}: {first_line(error)}; trying again in {pause:.0f} s")
         if stop is None:
             time.sleep(pause)
         elif stop.wait(pause):
@@ -75,7 +75,7 @@ def patiently(action: Callable[[], Any], what: str, minutes: float, stop: thread
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -84,16 +84,11 @@ def find(name: str, split: str, cfg: DatasetConfig, revision: str | None = None)
 
     A known `revision` whose file list is cached, and HF_HUB_OFFLINE=1, make no calls.
     """
-    found: Source | str = ""
-    if dist.rank() == 0:
-        try:
-            found = _find(name, split, cfg, revision or cfg.revision)
-        except DataError as error:
-            found = str(error)
-    found = dist.from_rank0(found)
-    if isinstance(found, str):
-        raise ConfigError(f"data.dataset.name: {name!r} is neither a local folder nor to be had from the Hub ({found})")
-    return found
+    try:
+        return dist.on_rank0(lambda: _find(name, split, cfg, revision or cfg.revision))
+    except DataError as error:
+        raise ConfigError(f"data.dataset.name: {name!r} is neither a local folder nor to be had from the Hub "
+                          f"({error})") from None
 
 
 def _find(name: str, split: str, cfg: DatasetConfig, revision: str | None) -> Source:
@@ -120,7 +115,7 @@ def fetch(source: Source, number: int, target: Path, vocab_size: int, minutes: f
           stop: threading.Event | None = None) -> Converted:
     """Download file `number`, verify its checksum, and convert it to the shard `target`."""
     from huggingface_hub import HfApi, hf_hub_download
-    file, staging = source.files[number], target.with_name(f".fetch-{number:05d}")
+    file, staging = source.files[number], target.with_name(f".fetch-{number:05d}{dist.node_suffix()}")
     what = f"{source.name}: {file}"
 
     def download() -> Path:
@@ -192,12 +187,12 @@ class Fetcher(threading.Thread):
             kept = {number % count for number in range(self._base - self.cfg.keep_shards, end + 1)}
             for path in self.folder.glob("shard-*.npy"):
                 if int(path.stem[6:]) not in kept:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
         return next((n for n in window if not shard_path(self.folder, n).exists()), None)
 
     def _publish(self, number: int) -> None:
         target, first = shard_path(self.folder, number), next(iter(self.rows.values()), None)
-        staged = target.with_suffix(".new")
+        staged = target.with_suffix(f".new{dist.node_suffix()}")
         rows, row_length, _ = fetch(self.source, number, staged, self.vocab_size, self.cfg.patience_minutes, self._stopping)
         what = f"{self.source.name}: {self.source.files[number]}"
         if self.row_length not in (None, row_length):
@@ -240,6 +235,7 @@ class StreamedDataset(TokenDataset):
         self.vocab_size, self._maps = vocab_size, {}
         self.seen = dict(seen or {})
         self.fetcher: Fetcher | None = None
+        self._closed = False
         self.index = {"source": source.name, "revision": source.revision, "dtype": token_dtype(vocab_size).name,
                       "shards": [{"file": shard_path(self.folder, n).name, "rows": 0} for n in range(len(source.files))]}
         if self.seen:
@@ -268,6 +264,7 @@ class StreamedDataset(TokenDataset):
             self.fetcher.want(*self._window(step))
 
     def close(self) -> None:
+        self._closed = True
         if self.fetcher is not None:
             self.fetcher.stop()
 
@@ -312,6 +309,8 @@ class StreamedDataset(TokenDataset):
             error = self.folder / ERROR
             if error.exists():
                 raise DataError(error.read_text().strip())
+            if self._closed:
+                raise DataError(f"{self.source.name}: closed while waiting for shard {number}")
             if time.monotonic() - told > 10 and dist.local_rank() == 0:
                 told = time.monotonic()
                 tell(f"waiting for shard {number} of {self.source.name}, {told - begun:.0f} s so far")
@@ -326,7 +325,7 @@ def open_dataset(cfg: Config, step: int, saved: dict[str, Any] | None) -> TokenD
     Every rank must call it. Raises UserError where the rows do not fit the model or are not those of the checkpoint.
     """
     d, m = cfg.data.dataset, cfg.model
-    if Path(d.name).exists():
+    if is_local(d.name):
         dataset = TokenDataset(d.name)
     else:
         source = find(d.name, "train", d, saved["revision"] if saved else None)
@@ -346,18 +345,27 @@ def open_dataset(cfg: Config, step: int, saved: dict[str, Any] | None) -> TokenD
     return dataset
 
 
+def is_local(name: str) -> bool:
+    """Whether `name` is a path and not on the Hub. Every rank must call it. Raises ConfigError where only some have it."""
+    there = dist.gather(Path(name).exists())
+    if any(there) != all(there):
+        raise ConfigError(f"{name}: is missing on ranks {[rank for rank, found in enumerate(there) if not found]}; "
+                          f"put it on every machine")
+    return there[0]
+
+
 def fetch_tokenizer(name: str, folder: Path) -> None:
     """Put the tokenizer.json of `name`, a folder or a model on the Hub, into `folder`, unless it is there."""
     from huggingface_hub import hf_hub_download
-    target, problem = folder / "tokenizer.json", ""
-    if dist.local_rank() == 0 and not target.exists():
-        local = Path(name) / "tokenizer.json"
-        try:
+    target, local = folder / "tokenizer.json", Path(name) / "tokenizer.json"
+
+    def copy() -> None:
+        if not target.exists():
             found = local if local.exists() else patiently(lambda: hf_hub_download(name, "tokenizer.json"),
                                                            f"fetching the tokenizer {name}", 1.0)
             shutil.copy(found, target)
-        except DataError as error:
-            problem = str(error)
-    problem = next(filter(None, dist.gather(problem)), "")
-    if problem:
-        raise ConfigError(f"data.tokenizer.name: {name!r} cannot be had ({problem}); give a folder with a tokenizer.json")
+    try:
+        dist.on_each_node(copy)
+    except UserError as error:
+        raise ConfigError(f"data.tokenizer.name: {name!r} cannot be had ({error}); give a folder with a "
+                          f"tokenizer.json") from None

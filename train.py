@@ -75,8 +75,9 @@ def train(cfg: Config, device: torch.device) -> None:
     guard.same_everywhere(cfg)
     with guard.catching_signals(), folder.in_use():
         t = setup(cfg, device, folder)
-        with (contextlib.closing(t.dataset), dist.watched(cfg.training.hang_timeout_minutes),
-              BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches):
+        with (dist.watched(cfg.training.hang_timeout_minutes),
+              BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches,
+              contextlib.closing(t.dataset)):  # first of all, or the loader could not stop waiting for data
             guard.defer_signals()
             try:
                 loop(t, batches)
@@ -260,7 +261,7 @@ def probe(t: Trainer) -> tuple[Tensor, float]:
 
 def begin_relora(t: Trainer) -> None:
     """End a warm start: freeze the targets and add adapters. What is wrapped changes, so all is built again."""
-    state = checkpoint.gather_state(t.model, t.optimizers)
+    state = checkpoint.gather_state(t.model, t.optimizers, everywhere=True)
     build(t, adapters=True, weights=state["model"], optimizer_state=state["optimizer"])
     t.folder.say(f"step {t.step}: the warm start is over; {t.model.num_parameters(trainable_only=True):,} of "
                  f"{t.model.num_parameters():,} parameters train from here on")
@@ -286,6 +287,7 @@ def save(t: Trainer, whole: bool = True) -> None:
     if results:  # only now: interrupted before, all of it is done again
         t.folder.record({"step": t.step} | evaluate.flat_metrics(results))
         t.folder.save_evaluation(t.step, results)
+    t.saver.wait()  # before there is a second copy of everything
     state = checkpoint.gather_state(t.model, t.optimizers)
     t.saved = t.step
     if dist.rank() == 0:

@@ -18,6 +18,7 @@ import yaml
 
 from checkpoint import CheckpointError, read_manifest, step_folders
 from config import CheckpointingConfig, config_from_dict
+from stream import first_line
 
 COMMITS_PER_HOUR = 120  # the Hub allows about 128 a repository
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between tries; doubled each time
@@ -109,7 +110,7 @@ class Uploader:
                 if failures == tries:
                     raise
                 pause = min(2 * pause, LONGEST_PAUSE) if failures > 1 else FIRST_PAUSE
-                self.say(f"upload to {self.repo}: {_one_line(error)}; trying again in {pause:.0f} s", "WARNING")
+                self.say(f"upload to {self.repo}: {first_line(error)}; trying again in {pause:.0f} s", "WARNING")
                 time.sleep(pause)
 
     def sync(self) -> None:
@@ -148,10 +149,6 @@ class Uploader:
         self._times.append(time.monotonic())
 
 
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def upload_run(run: Path) -> None:
     """Send what a run has not sent yet, as `python export.py upload RUN`. Raises CheckpointError."""
     path = run / "training_config.yaml"
@@ -163,5 +160,5 @@ def upload_run(run: Path) -> None:
     try:
         made = Uploader(run, cfg, lambda words, level: print(words)).sync_patiently(tries=5)
     except Exception as error:
-        raise CheckpointError(f"upload to {cfg.hf_checkpoint.repo_id}: {_one_line(error)}; try again later") from None
+        raise CheckpointError(f"upload to {cfg.hf_checkpoint.repo_id}: {first_line(error)}; try again later") from None
     print(f"{made} commits made on {cfg.hf_checkpoint.repo_id}, branch {run.name}")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 
@@ -123,14 +124,36 @@ def test_a_hub_that_comes_back_is_waited_for(local, losses, tmp_path, hub):
 def test_a_hub_gone_for_good_leaves_a_checkpoint_and_a_clear_error(local, losses, tmp_path, hub):
     hub.faults = [lambda line: 500 if "train-00003" in line else None]
     path = config(tmp_path, local, "run", patience_minutes=0.1)
-    printed = lab.run("train.py", path, ranks=2, env=hub.env(tmp_path / "hf"), code=1, timeout=120)
+    words = ("checkpointing.save_every_n_steps=7", "checkpointing.learning_dynamics.eval_data=null")  # a snapshot of those rows
+    printed = lab.run("train.py", path, *words, ranks=2, env=hub.env(tmp_path / "hf"), code=1, timeout=120)
     assert "gave up after 0.1 minutes" in printed and "train.py\", line" not in printed  # no traceback of ours
     last = max(lab.metrics(tmp_path / "runs" / "run"))
     assert (tmp_path / "runs" / "run" / "checkpoints" / f"step_{last}" / "manifest.json").exists()
     assert last == 7  # rows 56-63 need shard 3
     hub.faults = []
-    lab.run("train.py", path, ranks=2, env=hub.env(tmp_path / "hf"))
+    lab.run("train.py", path, *words, ranks=2, env=hub.env(tmp_path / "hf"))
     assert lab.metrics(tmp_path / "runs" / "run") == losses
+    assert (tmp_path / "runs/run/checkpoints/step_7/learning_dynamics/train_gradients.pt").exists()
+
+
+def test_a_signal_while_data_are_waited_for_ends_the_run_in_time(local, losses, tmp_path, hub):
+    hub.faults = [lambda line: 503 if "train-00003" in line else None]
+    path, run = config(tmp_path, local, "run"), tmp_path / "runs" / "run"
+    process = lab.start("train.py", path, ranks=2, env=hub.env(tmp_path / "hf"))
+    try:
+        lab.wait_until(lambda: (run / "metrics.jsonl").exists() and max(lab.metrics(run), default=0) == 7, 60, 0.05)
+        time.sleep(2)
+        everyone, begun = lab.descendants(process.pid), time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        lab.wait_until(lambda: not any(map(lab.alive, everyone)), timeout=25, pause=0.02)
+        assert time.monotonic() - begun < 20
+    finally:
+        lab.kill(process)
+        process.communicate()
+    assert json.loads((run / "exit.json").read_text()) == {"code": 75, "reason": "stopped by SIGTERM", "step": 7}
+    hub.faults = []
+    assert "resumed at step 7" in lab.run("train.py", path, ranks=2, env=hub.env(tmp_path / "hf"))
+    assert lab.metrics(run) == losses
 
 
 def test_a_deep_resume_fetches_its_shard_first_and_none_before(local, losses, tmp_path, hub):
