@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import errno
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -94,6 +95,9 @@ def session(wanted_device: str = "auto", hang_minutes: float = 30, patience_minu
     # Not after an error: the other ranks would notice, and print theirs before ours is told.
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+        # gloo's threads, which may hold the last reference to a tensor, must end before the interpreter does
+        _hosts = _patient = None
+        gc.collect()  # a DDP or FSDP2 model, in whatever cycle it is, refers to the group
 
 
 def _die_with_torchrun() -> None:

@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("model", help="a run (its newest step), a step folder, or a Llama folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options, as for train.py")
     parser.add_argument("--out", type=Path, help="JSON file (default: eval_results/ of the run; none for other folders)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     folder = resolve(args.model)
     cfg = config_for(folder, ["checkpointing.learning_dynamics=null", *args.overrides])
     with dist.session("auto") as device:
@@ -231,7 +231,9 @@ def main() -> None:
 
 def default_out(folder: Path) -> Path | None:
     run = folder.resolve().parent.parent
-    return run / "eval_results" / f"{folder.name}.json" if (run / "training_config.yaml").is_file() else None
+    if not (run / "training_config.yaml").is_file():
+        return None
+    return run / load_config(run / "training_config.yaml").checkpointing.evaluation.eval_results_dir / f"{folder.name}.json"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor
 import dist
 import upload
 from checkpoint import CheckpointError, Writer, load_model_state, publish, step_folders, tensor_bytes
-from config import ConfigError, ModelConfig, ReLoRAConfig, config_from_dict
+from config import CheckpointingConfig, ConfigError, ModelConfig, ReLoRAConfig, config_from_dict, load_config
 from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
 from model import PicoDecoder
 from relora import merged_state
@@ -126,11 +126,13 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 
 def resolve(path: str | Path) -> Path:
-    """A step or model folder as it is; for a run folder its newest step. Raises CheckpointError."""
+    """A step or model folder as it is; for a run folder its newest step. Raises UserError."""
     path = Path(path)
     if (path / "config.json").is_file():
         return path
-    steps = [s for folder in (path, path / "checkpoints") for s in step_folders(folder)
+    run = path / "training_config.yaml"
+    options = load_config(run).checkpointing if run.is_file() else CheckpointingConfig()
+    steps = [s for folder in (path, path / options.checkpoints_dir) for s in step_folders(folder)
              if (s / "config.json").is_file()]
     if not steps:
         raise CheckpointError(f"{path}: neither a run, nor a checkpoint's step_N, nor a model folder")

@@ -147,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
         if rest[:1] == ["paths-info"]:
             asked = urllib.parse.parse_qs(body.decode()).get("paths", []) if body[:1] != b"{" else json.loads(body)["paths"]
             return self._json([self._info(p, files[p]) for p in asked if p in files])
+        if rest[:1] == ["tree"]:
+            return self._json([self._info(p, data) for p, data in sorted(files.items())])
         if rest[:1] == ["branch"]:
             if (repo, rest[1]) in self.hub.commits:
                 return self._answer(409, b"{}")

@@ -1,5 +1,6 @@
 """Evaluation on held-out rows: torch's own cross-entropy, the metrics by hand, the same on any ranks."""
 
+import io
 import json
 import math
 import random
@@ -7,6 +8,8 @@ import shutil
 import zipfile
 
 import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from config import BlimpConfig, ConfigError, ModelConfig, config_from_dict
 from data import TokenDataset, load_tokenizer
 from evaluate import evaluate_blimp, row_losses, rows_metrics
 from export import load_decoder, writers
+from hub import Hub
 from model import PicoDecoder
 from relora import apply_relora, relora_layers
 
@@ -193,8 +197,7 @@ def test_row_losses_agree_with_transformers(exported):
     _, ours, theirs = exported
     sample = lab.SHARED / "pretokenized-paloma-sample" / "data" / "val-00000-of-00001.parquet"
     if sample.exists():
-        import pyarrow.parquet
-        rows = np.array(pyarrow.parquet.read_table(sample)["input_ids"].to_pylist()[:3])
+        rows = np.array(arrow.parquet.read_table(sample)["input_ids"].to_pylist()[:3])
     else:
         rows = np.random.default_rng(0).integers(ours.cfg.vocab_size, size=(3, 2048))
     got = row_losses(ours, rows.astype(np.uint16), 2, CPU) / (rows.shape[1] - 1)
@@ -222,11 +225,50 @@ def test_blimp_reads_folders_and_zips_and_chooses_by_glob(tmp_path):
         load_pairs(BlimpConfig(str(tmp_path / "bad.zip")))
 
 
+def test_paloma_and_blimp_come_from_the_hub_and_are_scored_by_source_on_any_ranks(exported, tmp_path):
+    folder, _, theirs = exported
+    rows = np.random.default_rng(0).integers(8, size=(7, 13))
+    sources = ["c4", "wiki", "c4", "wiki", "c4", "books", "c4"]
+    table, buffer = arrow.table({"input_ids": rows.tolist(), "source": sources}), io.BytesIO()
+    arrow.parquet.write_table(table, buffer)
+    pairs = made_pairs(20)
+    lines = [json.dumps({"UID": p.uid, "linguistics_term": p.term, "sentence_good": p.good, "sentence_bad": p.bad}) for p in pairs]
+    ids = torch.from_numpy(rows)
+    with torch.no_grad():
+        losses = np.array([theirs(input_ids=row[None], labels=row[None]).loss.item() for row in ids])
+    with Hub() as hub:
+        hub.repos["datasets/lab/paloma"] = {"data/val-00000-of-00001.parquet": buffer.getvalue()}
+        hub.repos["datasets/lab/blimp"] = {f"{uid}.jsonl": "\n".join(line for line, p in zip(lines, pairs) if p.uid == uid).encode()
+                                           for uid in ("uid_0", "uid_1", "uid_2")}
+        for ranks in (0, 2):
+            out = tmp_path / f"{ranks}.json"
+            lab.run("evaluate.py", folder, "--out", out, "evaluation.metrics=[paloma,blimp]",
+                    "evaluation.paloma.dataset_name=lab/paloma", "evaluation.paloma.batch_size=2",
+                    "evaluation.blimp.dataset_name=lab/blimp", "evaluation.blimp.start_token=eos",
+                    f"data.dataset.cache_dir={tmp_path / f'cache-{ranks}'}", ranks=ranks, env=hub.env(tmp_path / "hf"))
+    alone, together = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (0, 2))
+    assert together == alone
+    found = alone["paloma"]
+    assert found["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-4)
+    assert found["mean_row_perplexity"] == pytest.approx(np.exp(losses).mean(), rel=1e-4)
+    for source in ("c4", "wiki", "books"):
+        of = losses[[s == source for s in sources]]
+        assert found["by_source"][source]["perplexity"] == pytest.approx(math.exp(of.mean()), rel=1e-4)
+        assert found["by_source"][source]["mean_row_perplexity"] == pytest.approx(np.exp(of).mean(), rel=1e-4)
+    ours, tokenizer = load_decoder(folder), load_tokenizer(folder)
+    assert alone["blimp"]["start_token"] == tokenizer.eos and alone["blimp"]["pairs"] == len(pairs)
+    assert alone["blimp"]["accuracy"] == evaluate_blimp(ours, pairs, tokenizer, tokenizer.eos, 4, CPU)["accuracy"]
+
+
 def test_the_command_agrees_with_training_from_any_number_of_ranks(dataset, tmp_path):
     path = lab.write_config(tmp_path / "c.yaml", lab.tiny_tree(dataset, tmp_path / "runs"))
-    lab.run("train.py", path, "training.max_steps=3")
+    lab.call("train.py", path, "training.max_steps=3", "checkpointing.checkpoints_dir=saved",
+             "checkpointing.evaluation.eval_results_dir=scores")
     run = tmp_path / "runs" / "run"
-    trained = json.loads((run / "eval_results" / "step_3.json").read_text())["val"]
+    trained = json.loads((run / "scores" / "step_3.json").read_text())["val"]
+    (run / "scores" / "step_3.json").unlink()
+    lab.call("evaluate.py", run)
+    assert json.loads((run / "scores" / "step_3.json").read_text())["val"]["loss"] == pytest.approx(trained["loss"], abs=1e-6)
     for ranks in (0, 2):
         lab.run("evaluate.py", run, "--out", tmp_path / f"{ranks}.json", ranks=ranks)
         found = json.loads((tmp_path / f"{ranks}.json").read_text())["val"]

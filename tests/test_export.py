@@ -13,6 +13,7 @@ import lab
 from checkpoint import CheckpointError
 from config import ModelConfig, ReLoRAConfig, config_from_dict
 from export import load_decoder, load_plain, writers
+from hub import Hub
 from model import PicoDecoder
 from relora import apply_relora, merged_state, relora_layers
 
@@ -242,6 +243,21 @@ def test_a_published_model_computes_the_same_after_import(tmp_path, options):
     ids = torch.randint(300, (2, 16))
     with torch.no_grad():
         torch.testing.assert_close(load_decoder(tmp_path / "ours")(ids), model.eval()(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_is_imported_from_the_hub(tmp_path):
+    cfg = ModelConfig(d_model=32, n_layers=1, vocab_size=64, max_seq_len=16, attention_n_heads=4, attention_n_kv_heads=2,
+                      activation_hidden_dim=64)
+    model = PicoDecoder(cfg).eval()
+    folder = published(tmp_path / "theirs", model, cfg, "pico_decoder")
+    with Hub() as hub:
+        hub.repos["models/lab/theirs"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+        lab.run("export.py", "import", "lab/theirs", tmp_path / "ours", env=hub.env(tmp_path / "hf"))
+        printed = lab.run("export.py", "import", "lab/none", tmp_path / "none", env=hub.env(tmp_path / "hf"), code=2)
+    assert "lab/none" in printed and "Traceback" not in printed and not (tmp_path / "none").exists()
+    ids = torch.randint(64, (2, 16))
+    with torch.no_grad():
+        assert torch.equal(load_decoder(tmp_path / "ours")(ids), model(ids))
 
 
 def test_an_imported_model_starts_a_run(tmp_path, dataset):

@@ -3,10 +3,13 @@
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 import lab
+import upload
+from config import config_from_dict
 from hub import Hub
 
 KINDS = {"Saving HF Model": {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -77,6 +80,27 @@ def test_a_hub_that_is_away_does_not_disturb_training_and_the_rest_goes_up_later
     printed = lab.run("export.py", "upload", tmp_path / "runs" / "run", env=env)
     assert f"{len(expected_titles()) - 1} commits made" in printed
     assert sorted(commit["title"] for commit in hub.commits["models/lab/model", "run"]) == expected_titles()
+
+
+def test_what_a_hub_that_was_away_did_not_take_goes_up_at_the_next_start(dataset, tmp_path, hub):
+    words, env = uploads(upload_grace_seconds=0.5), hub.env(tmp_path / "hf")
+    hub.faults = [lambda line: 500]
+    lab.run("train.py", config(dataset, tmp_path, **words), env=env)
+    assert not hub.commits
+    hub.faults = []
+    lab.run("train.py", config(dataset, tmp_path, **uploads()), env=env)  # trained already
+    assert sorted(commit["title"] for commit in hub.commits["models/lab/model", "run"]) == expected_titles()
+
+
+def test_no_more_commits_are_made_in_an_hour_than_the_hub_allows(dataset, tmp_path, monkeypatch):
+    slept, clock = [], iter(range(0, 600, 100))
+    monkeypatch.setattr(upload, "COMMITS_PER_HOUR", 2)
+    monkeypatch.setattr(upload, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: next(clock)))
+    cfg = config_from_dict(lab.tiny_tree(dataset, tmp_path) | {"checkpointing": uploads(run_name="run")}).checkpointing
+    uploader = upload.Uploader(tmp_path, cfg, print)
+    for _ in range(3):
+        uploader._wait_for_turn()
+    assert slept == [3400], "the third comes 200 s after the first, and waits until that is an hour ago"
 
 
 TIMED = """
