@@ -69,7 +69,8 @@ def _examples(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, float]]
         yield piece, (len(piece) / len(rows) if number < len(pieces) else 0.0)
 
 
-def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig, device: torch.device) -> dict[str, dict[str, Tensor]]:
+def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig,
+             device: torch.device) -> dict[str, dict[str, Tensor]]:
     """Snapshot of an unwrapped (or FSDP2-sharded) model on token rows (examples, tokens), in their order.
 
     Returns, on rank 0's CPU, {"activations", "weights", "gradients", "data"}; examples are spread over the ranks,

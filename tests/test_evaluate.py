@@ -232,14 +232,14 @@ def test_paloma_and_blimp_come_from_the_hub_and_are_scored_by_source_on_any_rank
     table, buffer = arrow.table({"input_ids": rows.tolist(), "source": sources}), io.BytesIO()
     arrow.parquet.write_table(table, buffer)
     pairs = made_pairs(20)
-    lines = [json.dumps({"UID": p.uid, "linguistics_term": p.term, "sentence_good": p.good, "sentence_bad": p.bad}) for p in pairs]
+    texts = {uid: "\n".join(json.dumps({"UID": uid, "linguistics_term": p.term, "sentence_good": p.good, "sentence_bad": p.bad})
+                            for p in pairs if p.uid == uid) for uid in ("uid_0", "uid_1", "uid_2")}
     ids = torch.from_numpy(rows)
     with torch.no_grad():
         losses = np.array([theirs(input_ids=row[None], labels=row[None]).loss.item() for row in ids])
     with Hub() as hub:
         hub.repos["datasets/lab/paloma"] = {"data/val-00000-of-00001.parquet": buffer.getvalue()}
-        hub.repos["datasets/lab/blimp"] = {f"{uid}.jsonl": "\n".join(line for line, p in zip(lines, pairs) if p.uid == uid).encode()
-                                           for uid in ("uid_0", "uid_1", "uid_2")}
+        hub.repos["datasets/lab/blimp"] = {f"{uid}.jsonl": text.encode() for uid, text in texts.items()}
         for ranks in (0, 2):
             out = tmp_path / f"{ranks}.json"
             lab.run("evaluate.py", folder, "--out", out, "evaluation.metrics=[paloma,blimp]",
