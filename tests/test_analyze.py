@@ -35,7 +35,7 @@ def runs(dataset, tmp_path_factory):
     for name in ("relora", "full"):
         path = lab.write_config(here / f"{name}.yaml", lab.tiny_tree(dataset, here, name, relora=name == "relora"))
         lab.run("train.py", path, "checkpointing.learning_dynamics.optimizer_states=true")
-    lab.run("analyze.py", here / "relora")
+    lab.call("analyze.py", here / "relora")
     return here
 
 
@@ -111,7 +111,7 @@ def test_a_second_call_measures_only_new_steps(runs, tmp_path):
 
 def test_a_yaml_file_of_pico_analyze_runs_unchanged(runs, tmp_path):
     (tmp_path / "demo.yaml").write_text(DEMO)
-    lab.run("analyze.py", runs / "relora", "--config", tmp_path / "demo.yaml", "--out", tmp_path / "out")
+    lab.call("analyze.py", runs / "relora", "--config", tmp_path / "demo.yaml", "--out", tmp_path / "out")
     table = rows(tmp_path / "out")
     assert {row["step"] for row in table} == {0, 10, 20}
     measured = {row["metric"] for row in table} - {"spectrum"}
@@ -136,7 +136,7 @@ def test_tables_and_the_page_are_complete_and_self_contained(runs):
 
 
 def test_runs_are_compared(runs, tmp_path):
-    lab.run("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path)
+    lab.call("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path)
     assert "Runs compared: relora, full" in (tmp_path / "report.html").read_text() and (tmp_path / "loss.png").exists()
     assert (tmp_path / "effective_rank_updates_since_the_start.png").exists()
 
@@ -161,5 +161,5 @@ def test_snapshots_hold_text_and_on_demand_the_optimizer_state(runs):
     (("nowhere",), "not a run folder"), (("compare", "nowhere"), "two runs"),
     (("{runs}/relora", "--config", "{runs}/relora.yaml"), "not a pico-analyze configuration")])
 def test_what_cannot_be_analysed_is_one_line(runs, words, message):
-    printed = lab.run("analyze.py", *(word.format(runs=runs) for word in words), code=2)
+    printed = lab.call("analyze.py", *(word.format(runs=runs) for word in words), code=2)
     assert message in printed and "Traceback" not in printed

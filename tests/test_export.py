@@ -239,7 +239,7 @@ def test_a_published_model_computes_the_same_after_import(tmp_path, options):
             for name, p in model.named_parameters():
                 p.add_(torch.randn_like(p) * 0.1 if "lora_B" in name or "scaling" in name else 0)
     folder = published(tmp_path / "theirs", model, cfg, "pico_relora_decoder" if relora else "pico_decoder")
-    lab.run("export.py", "import", folder, tmp_path / "ours")
+    lab.call("export.py", "import", folder, tmp_path / "ours")
     ids = torch.randint(300, (2, 16))
     with torch.no_grad():
         torch.testing.assert_close(load_decoder(tmp_path / "ours")(ids), model.eval()(ids), atol=1e-5, rtol=1e-5)
@@ -261,10 +261,10 @@ def test_a_model_is_imported_from_the_hub(tmp_path):
 
 
 def test_an_imported_model_starts_a_run(tmp_path, dataset):
-    lab.run("train.py", lab.write_config(tmp_path / "a.yaml", lab.tiny_tree(dataset, tmp_path, "full", relora=False)))
-    lab.run("export.py", "hf", tmp_path / "full", tmp_path / "model", "--dtype", "bfloat16")
-    lab.run("export.py", "import", tmp_path / "model", tmp_path / "again")
-    lab.run("train.py", lab.write_config(tmp_path / "b.yaml", lab.tiny_tree(dataset, tmp_path, "warm")),
+    lab.call("train.py", lab.write_config(tmp_path / "a.yaml", lab.tiny_tree(dataset, tmp_path, "full", relora=False)))
+    lab.call("export.py", "hf", tmp_path / "full", tmp_path / "model", "--dtype", "bfloat16")
+    lab.call("export.py", "import", tmp_path / "model", tmp_path / "again")
+    lab.call("train.py", lab.write_config(tmp_path / "b.yaml", lab.tiny_tree(dataset, tmp_path, "warm")),
             f"training.start_from={tmp_path / 'again'}", "training.max_steps=3")
     full, warm = lab.metrics(tmp_path / "full", "eval/val_loss"), lab.metrics(tmp_path / "warm", "eval/val_loss")
     assert warm[0] == pytest.approx(full[20], abs=0.01), "bfloat16 rounds a little"
@@ -276,5 +276,5 @@ def test_what_is_missing_from_a_published_model_is_listed(tmp_path):
     model = PicoDecoder(cfg)
     del model.layers[0].swiglu.w_1
     folder = published(tmp_path / "theirs", model, cfg, "pico_decoder")
-    printed = lab.run("export.py", "import", folder, tmp_path / "ours", code=2)
+    printed = lab.call("export.py", "import", folder, tmp_path / "ours", code=2)
     assert "layers.0.swiglu.w_1.weight is missing" in printed and not (tmp_path / "ours").exists()

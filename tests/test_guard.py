@@ -64,8 +64,9 @@ def signalled(monkeypatch, moment, number):
     monkeypatch.setattr(module, name, work)
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment, number", [
+    *((moment, signal.SIGTERM) for moment in MOMENTS), ("a merge", signal.SIGINT), ("a snapshot", signal.SIGUSR1)],
+    ids=lambda value: getattr(value, "name", value))
 def test_a_signal_at_any_moment_costs_nothing(here, monkeypatch, moment, number):
     signalled(monkeypatch, moment, number)
     printed = here.train("stopped", code=guard.REQUEUE)

@@ -17,16 +17,16 @@ def run(tmp_path_factory):
     """A run of a moment on bytes."""
     here = tmp_path_factory.mktemp("sample")
     (here / "text.txt").write_text("to be or not to be, that is the question; " * 200)
-    lab.run("shards.py", "text", here / "text.txt", "--out", here / "data", "--row-length", 33)
+    lab.call("shards.py", "text", here / "text.txt", "--out", here / "data", "--row-length", 33)
     tree = lab.tiny_tree(here / "data", here / "runs")
     tree["model"] |= {"vocab_size": 300, "max_seq_len": 32}
     tree["training"]["max_steps"] = 10
-    lab.run("train.py", lab.write_config(here / "c.yaml", tree))
+    lab.call("train.py", lab.write_config(here / "c.yaml", tree))
     return here / "runs" / "run"
 
 
 def texts(run, *words):
-    return lab.run("sample.py", run, *words).split("---")[1:]
+    return lab.call("sample.py", run, *words).split("---")[1:]
 
 
 def test_prompts_are_continued_by_seed_and_count(run):
@@ -61,7 +61,7 @@ def test_streamed_pieces_are_whole_characters_that_add_up():
 @pytest.mark.parametrize("words, key", [(("--tokens", 0), "--tokens"), (("--temperature", "-1"), "--temperature"),
                                         (("--prompt", "x" * 400), "--prompt"), (("--top-k", 0), "--top-k")])
 def test_what_cannot_be_is_one_line(run, words, key):
-    printed = lab.run("sample.py", run, *words, code=2)
+    printed = lab.call("sample.py", run, *words, code=2)
     assert f"error: {key}" in printed and "Traceback" not in printed
 
 

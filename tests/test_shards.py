@@ -298,5 +298,5 @@ def test_verify_finds_what_was_added_or_is_missing(tmp_path):
     path.write_bytes(path.read_bytes() + b"\0")
     assert f"error: {path}" in lab.call("shards.py", "verify", tmp_path, code=2)
     path.unlink()
-    assert lab.run("shards.py", "verify", tmp_path, code=2).count(f"error: {path}") == 1
+    assert lab.call("shards.py", "verify", tmp_path, code=2).count(f"error: {path}") == 1
     assert "index.json" in lab.call("shards.py", "verify", tmp_path / "nothing", code=2)

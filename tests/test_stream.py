@@ -211,8 +211,8 @@ def test_download_and_show_agree_with_the_local_rows(local, tmp_path, hub):
     rows = np.load(local / "train" / "shard-00000.npy")
     got = np.concatenate([np.load(path) for path in sorted((out / "train").glob("*.npy"))])
     np.testing.assert_array_equal(got, rows[ROWS:3 * ROWS])
-    assert "40 rows" in lab.run("shards.py", "verify", out)
-    printed = lab.run("shards.py", "show", out, "--step", 1, "--batch-size", 8, "--rank", 1, "--world", 2)
+    assert "40 rows" in lab.call("shards.py", "verify", out)
+    printed = lab.call("shards.py", "show", out, "--step", 1, "--batch-size", 8, "--rank", 1, "--world", 2)
     shown = [line for line in printed.splitlines() if line.startswith("row ")]
     assert [int(line.split()[1].rstrip(",")) for line in shown] == [12, 13, 14, 15]
     assert " ".join(f"w{i}" for i in rows[ROWS + 12]) in shown[0]
