@@ -25,6 +25,7 @@ import guard
 from config import ConfigError, LearningDynamicsConfig
 from data import to_device
 from relora import HEAD, ReLoRALinear
+from wrap import eagerly
 
 
 def chosen_layers(model: nn.Module, suffixes: list[str]) -> dict[str, nn.Module]:
@@ -83,8 +84,8 @@ def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig,
     was_training = model.training
     model.eval()
     try:
-        # compiled blocks run eagerly meanwhile: their layers' outputs would not be part of the graph
-        with taps(layers) as seen, torch.autocast(device.type, enabled=False), torch.compiler.set_stance("force_eager"):
+        # eagerly, also since the outputs of compiled layers would not be part of the graph
+        with taps(layers) as seen, torch.autocast(device.type, enabled=False), eagerly(model):
             for piece, share in _examples(rows, cfg.batch_size):
                 guard.stop_point()
                 ids = to_device(piece, device)

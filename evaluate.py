@@ -33,6 +33,7 @@ from export import load_decoder, resolve
 from model import IGNORE
 from run import finite
 from shards import local_or_hub
+from wrap import eagerly
 
 T = TypeVar("T")
 
@@ -60,8 +61,7 @@ def losses_of(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> n
     was_training = model.training
     model.eval()
     try:
-        # eagerly: rows of another length than training's would have compiled blocks built again, for any length
-        with torch.autocast(inputs.device.type, enabled=False), torch.compiler.set_stance("force_eager"):
+        with torch.autocast(inputs.device.type, enabled=False), eagerly(model):
             return model(inputs, labels, reduction="none").cpu().double().sum(1).numpy()
     finally:
         model.train(was_training)

@@ -35,7 +35,7 @@ from model import PicoDecoder
 from relora import (apply_relora, derive_seed, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state,
                     relora_layers, reset_optimizer)
 from run import Progress, RunFolder, run_folder
-from wrap import gradient_sync, make_optimizers, parallelize, reshard, wrapping
+from wrap import eagerly, gradient_sync, make_optimizers, parallelize, reshard, wrapping
 
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # dense bf16, by a part of the GPU's name
 MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
@@ -252,7 +252,7 @@ def probe(t: Trainer) -> tuple[Tensor, float]:
     rows = t.dataset.rows(t.step * t.cfg.data.dataloader.batch_size, 1)[:, :PROBE_TOKENS + 1]
     ids = torch.from_numpy(rows.astype(np.int64)).to(t.device)
     t.model.eval()
-    with torch.compiler.set_stance("force_eager"):  # its length would have compiled blocks built again
+    with eagerly(t.model):
         logits = t.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
     t.model.train()
     reshard(t.model)

@@ -58,6 +58,13 @@ def gradient_sync(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextM
     return contextlib.nullcontext()
 
 
+def eagerly(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Inside, compiled blocks run as they are written: rows of another length would have them compiled again, for any."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()  # set_stance imports all of the compiler, which takes seconds
+
+
 def reshard(model: nn.Module) -> None:
     """After a forward outside of training FSDP2's root stays whole; touch no parameters before this."""
     if isinstance(model, FSDPModule):
