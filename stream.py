@@ -5,7 +5,7 @@ input_ids. The revision is pinned at first contact. On each node one rank fetche
 shard (data.py) and publishes it by renaming; the other ranks wait for the file, or for the fetcher's error.
 
     CACHE/NAME/REVISION/SPLIT/shard-00005.npy     the window
-    CACHE/NAME/REVISION/SPLIT/window.json         {files, row_length, rows: {number: rows seen}}
+    CACHE/NAME/REVISION/SPLIT/window.json         {files, row_length, rows: {number: count}, sha256: {number: digest}}
     CACHE/NAME/REVISION/SPLIT/error.txt           why the fetcher gave up
 """
 
@@ -148,6 +148,7 @@ class Fetcher(threading.Thread):
         self.source, self.folder, self.cfg, self.vocab_size = source, folder, cfg, vocab_size
         self.rows = rows  # of the shards seen so far
         self.row_length: int | None = None
+        self.digests: dict[int, str] = {}
         self._base, self._last = base, last
         self._moved, self._stopping = threading.Event(), threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,8 +202,8 @@ class Fetcher(threading.Thread):
         if rows != self.rows.get(number, first or rows) and not short_last:
             raise DataError(f"{what} has {rows} rows where {self.rows.get(number, first)} were counted on: the order of the "
                             f"data would shift unseen; use shards.py download for files of unequal length")
-        self.rows[number], self.row_length = rows, row_length
-        self._write_window()  # before the shard appears: who finds the shard finds its row count
+        self.rows[number], self.row_length, self.digests[number] = rows, row_length, sha256(staged)
+        self._write_window()  # before the shard appears: who finds the shard finds its row count and checksum
         os.replace(staged, target)
 
     def _read_window(self) -> None:
@@ -211,10 +212,11 @@ class Fetcher(threading.Thread):
             window = json.loads(path.read_text())
             self.row_length = window["row_length"]
             self.rows |= {int(n): rows for n, rows in window["rows"].items()}
+            self.digests = {int(n): digest for n, digest in window.get("sha256", {}).items()}
 
     def _write_window(self) -> None:
         window = {"source": self.source.name, "revision": self.source.revision, "files": self.source.files,
-                  "row_length": self.row_length, "rows": self.rows}
+                  "row_length": self.row_length, "rows": self.rows, "sha256": self.digests}
         write_text(self.folder / WINDOW, json.dumps(window) + "\n")
 
 
@@ -279,6 +281,8 @@ class StreamedDataset(TokenDataset):
         if number not in self._maps:
             self._await(number)
             self._maps = {n: m for n, m in self._maps.items() if n == number - 1}  # let go of files that left the window
+            if digest := self._window_file().get("sha256", {}).get(str(number)):
+                self.index["shards"][number]["sha256"] = digest
         return super().shard(number)
 
     def _window(self, step: int) -> tuple[int, int]:

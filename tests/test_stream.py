@@ -175,6 +175,12 @@ def test_offline_makes_no_calls(local, losses, tmp_path, hub):
     offline = {**hub.env(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     lab.run("train.py", path, "training.stop_at_step=10", "checkpointing.run_name=again", env=offline)
     assert lab.metrics(tmp_path / "runs" / "again") == lab.metrics(tmp_path / "runs" / "run")
+    shard = next((tmp_path / "cache").glob("**/shard-00000.npy"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    printed = lab.run("train.py", path, "checkpointing.run_name=damaged", env=offline, code=2)
+    assert "shard-00000.npy: differs from its checksum" in printed and not (tmp_path / "runs/damaged").exists()
     shutil.rmtree(tmp_path / "cache")
     printed = lab.run("train.py", path, "checkpointing.run_name=third", env=offline, code=2)
     assert "HF_HUB_OFFLINE" in printed and not hub.requests
