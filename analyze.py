@@ -1,13 +1,14 @@
 """Analyse the learning dynamics of runs: ranks, spectra, sparsity, norms and similarities over steps and layers.
 
     python analyze.py runs/demo                          # everything, into runs/demo/analysis: JSON, CSV, PNG, report.html
+    python analyze.py runs/demo --since 150              # also the updates since that step's snapshot
     python analyze.py runs/tiny --config demo.yaml       # a YAML file of pico-analyze, unchanged
     python analyze.py compare runs/full runs/relora      # several runs over steps, tokens and time
 
-Weights, activations and gradients come from the snapshots (dynamics.py). `updates` are differences of effective weights
-between two snapshots: since the first one (does the cumulative update's rank grow across merges?) and since the one
-before. The OV circuit of a head is W_O W_V (Elhage et al. 2021), heads of a group sharing W_V. A measure that is undefined is
-null with its reason. What has been measured is kept in analysis/cache, so a second call only does new steps.
+Weights, activations and gradients come from the snapshots (dynamics.py). Updates are differences of effective weights: since
+the first snapshot (does the cumulative update's rank grow across merges?), since the one before, and, in ReLoRA layers, since
+the latest merge (s B A). The OV circuit of a head is W_O W_V (Elhage et al. 2021), heads of a group sharing W_V. A measure
+that is undefined is null with its reason. What has been measured is kept in analysis/cache: a second call does new steps only.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import contextlib
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -29,15 +30,21 @@ from tqdm import tqdm
 
 import dist
 import measures
+import plots
 import report
-from checkpoint import CheckpointError, read_manifest, step_folders, write_text
-from config import UserError
+from checkpoint import write_text
+from config import ConfigError, UserError, config_from_dict
+from dynamics import Snapshots
+from relora import learning_rate_multiplier
 
 PAIRED = {"cka": measures.cka, "pwcca": measures.pwcca}
 SINGLE = ("per", "effective_rank", "numerical_rank", "condition_number", "gini", "hoyer", "norm_frobenius", "norm_nuclear",
           "norm_spectral", "norm_inf")
 KINDS = ("weights", "activations", "gradients", "updates")
-FIELDS = ("step", "split", "data", "component", "metric", "value", "reason")
+FIELDS = ("step", "other_step", "split", "data", "component", "metric", "value", "reason")  # other: compared with, or since
+BATCH = 1 << 23  # entries of matrices whose spectra are computed together: bounds the memory
+
+Row = dict[str, Any]
 
 
 class AnalysisError(UserError):
@@ -53,254 +60,276 @@ class Request:
     circuit: bool = False  # the OV circuit's heads instead of single layers
     suffixes: list[str] = field(default_factory=list)  # of layer names; empty: all. For circuits: value, output
     layers: list[int] | None = None  # None: all
-    target: int | None = None  # the step to compare with; None: the last
+    target: int | None = None  # the step to compare with (None: the last), or that updates are counted from (None: several)
+
+
+class Matrix(NamedTuple):
+    name: str
+    entries: Tensor  # (m, n)
+    spectrum: Tensor | None = None  # where there is a shorter way to it than through the entries
+    noise: float = 0.0  # singular values up to this may be rounding
 
 
 DEFAULT = [
-    Request(list(SINGLE), "weights"), Request(list(SINGLE), "gradients", "train"), Request(list(SINGLE), "activations"),
-    Request(list(SINGLE), "updates"), Request(list(PAIRED), "activations"),
+    Request(list(SINGLE), "updates"), Request(list(SINGLE), "weights"), Request(list(SINGLE), "gradients", "train"),
+    Request(list(SINGLE), "activations"), Request(list(PAIRED), "activations"),
     Request(["effective_rank", "per", "norm_nuclear"], "weights", circuit=True),
+    Request(list(PAIRED), "activations", circuit=True),
 ]
 
 
-# ---- snapshots -------------------------------------------------------------------------------------------------------
+# ---- what there is to measure ------------------------------------------------------------------------------------------
 
-class Run:
-    """The snapshots of a run folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.config = yaml.safe_load((path / "training_config.yaml").read_text(encoding="utf-8"))
-            options = self.config["checkpointing"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise AnalysisError(f"{path}: not a run folder ({error})") from None
-        self.dynamics = options["learning_dynamics_dir"]
-        self.folders = {int(f.name[5:]): f for f in reversed(step_folders(path / options["checkpoints_dir"]))
-                        if (f / self.dynamics).is_dir()}
-        if not self.folders:
-            raise AnalysisError(f"{path}: holds no snapshots; train with checkpointing.learning_dynamics")
-
-    def load(self, step: int, split: str, kind: str) -> dict[str, Tensor]:
-        """{layer name: tensor}, or nothing where the run took no such snapshot."""
-        path = self.folders[step] / self.dynamics / f"{split}_{kind}.pt"
-        if not path.exists():
-            return {}
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise AnalysisError(f"{path}: cannot be read ({str(error).splitlines()[0][:200]})") from None
-
-    def fingerprint(self, step: int) -> str:
-        """Of the snapshot's files, from the manifest."""
-        try:
-            entries = read_manifest(self.folders[step])
-        except CheckpointError:  # a run copied without its manifests: go by size and time
-            entries = {p.name: {"sha256": f"{p.stat().st_size}:{p.stat().st_mtime_ns}"}
-                       for p in (self.folders[step] / self.dynamics).iterdir()}
-        listed = sorted((n, e["sha256"]) for n, e in entries.items() if n.endswith(".pt") and "training" not in n)
-        return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
-
-    def components(self, step: int, request: Request) -> dict[str, Tensor]:
-        """{name: matrix} of what a request asks for at one step."""
-        kind = "weights" if request.data == "updates" else request.data
-        tensors = self.load(step, request.split, kind)
-        if request.circuit:
-            return dict(self._circuits(step, request, tensors))
-        return {name: t for name, t in tensors.items() if self._chosen(name, request)}
-
-    @staticmethod
-    def _chosen(name: str, request: Request) -> bool:
+def matrices(run: Snapshots, step: int, request: Request) -> Iterator[Matrix]:
+    """What a request asks for at one step, one after another; of updates the effective weights."""
+    kind = "weights" if request.data == "updates" else request.data
+    _, tensors = run.load(step, request.split, kind)
+    if request.circuit:
+        yield from _circuits(run, step, request, tensors)
+        return
+    for name, tensor in tensors.items():
         adapter = name.rpartition(".")[2] in ("lora_A", "lora_B", "base")
-        layer = int(name.split(".")[1])
         fits = any(name.endswith(s) for s in request.suffixes) if request.suffixes else not adapter
-        return fits and (request.layers is None or layer in request.layers)
+        if fits and (request.layers is None or plots.layer_of(name) in request.layers):
+            yield Matrix(name, tensor)
 
-    def _circuits(self, step: int, request: Request, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Heads of the OV circuit: W_O,h W_V,k (D, D), or the head's activations through W_O,h (examples, D)."""
-        m = self.config["model"]
-        heads, groups = m["attention_n_heads"], m["attention_n_heads"] // m["attention_n_kv_heads"]
-        size, weights = m["d_model"] // heads, self.load(step, request.split, "weights")
-        value, output = request.suffixes or ("attention.v_proj", "attention.o_proj")
-        for name in [n for n in tensors if n.endswith(value)]:
-            layer = int(name.split(".")[1])
-            o_proj = weights.get(name.removesuffix(value) + output)
-            if o_proj is None or not (request.layers is None or layer in request.layers):
-                continue
-            for head in range(heads):
-                kv = slice(head // groups * size, (head // groups + 1) * size)
-                o = o_proj[:, head * size:(head + 1) * size]
-                matrix = tensors[name][:, kv] @ o.T if request.data == "activations" else o @ tensors[name][kv]
-                yield f"layers.{layer}.ov_circuit.heads.{head}", matrix
+
+def _circuits(run: Snapshots, step: int, request: Request, tensors: dict[str, Tensor]) -> Iterator[Matrix]:
+    """Heads of the OV circuit: W_O,h W_V,k (D, D), or the head's activations through W_O,h (examples, D)."""
+    m = run.config["model"]
+    heads, groups = m["attention_n_heads"], m["attention_n_heads"] // m["attention_n_kv_heads"]
+    size, (_, weights) = m["d_model"] // heads, run.load(step, request.split, "weights")
+    value, output = request.suffixes or ("attention.v_proj", "attention.o_proj")
+    for name in [n for n in tensors if n.endswith(value)]:
+        layer, o_proj = plots.layer_of(name), weights.get(name.removesuffix(value) + output)
+        if o_proj is None or not (request.layers is None or layer in request.layers):
+            continue
+        for head in range(heads):
+            kv = slice(head // groups * size, (head // groups + 1) * size)
+            o = o_proj[:, head * size:(head + 1) * size]
+            left, right = (tensors[name][:, kv], o.T) if request.data == "activations" else (o, tensors[name][kv])
+            low_rank = size <= min(left.shape[0], right.shape[1])
+            yield Matrix(f"layers.{layer}.ov_circuit.heads.{head}", left @ right,
+                         measures.singular_values_of_product(left, right) if low_rank else None)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
-def bases(run: Run, step: int) -> dict[str, int]:
+def bases(run: Snapshots, step: int, request: Request) -> dict[str, int]:
     """The snapshots that the updates of a step are counted from."""
+    if request.target is not None:
+        return {f"updates since step {request.target}": target_of(run, request)} if request.target < step else {}
     before = [s for s in run.folders if s < step]
-    return {"since the start": before[0], "since the last snapshot": before[-1]} if before else {}
+    return {"updates since the start": before[0], "updates since the last snapshot": before[-1]} if before else {}
 
 
-def target_of(run: Run, request: Request) -> int:
+def target_of(run: Snapshots, request: Request) -> int:
     target = max(run.folders) if request.target is None else request.target
     if target not in run.folders:
-        raise AnalysisError(f"target_checkpoint: step {target} has no snapshot in {run.path}; there are "
-                            f"{', '.join(map(str, run.folders))}")
+        raise AnalysisError(f"step {target} has no snapshot in {run.path}; there are {', '.join(map(str, run.folders))}")
     return target
 
 
-def steps_read(run: Run, step: int, request: Request) -> list[int]:
+def steps_read(run: Snapshots, step: int, request: Request) -> list[int]:
     """The snapshots that a request looks at for one step."""
-    others = list(bases(run, step).values()) if request.data == "updates" else []
-    return [step, *others, *([target_of(run, request)] if set(request.metrics) & set(PAIRED) else [])]
+    if request.data == "updates":
+        return [step, *bases(run, step, request).values()]
+    return [step, *([target_of(run, request)] if set(request.metrics) & set(PAIRED) else [])]
 
 
-def measure(run: Run, step: int, request: Request) -> list[dict[str, Any]]:
-    """What a request asks for at one step, as rows of FIELDS."""
+def measure(run: Snapshots, step: int, request: Request) -> list[Row]:
+    """What a request asks for at one step, as rows of FIELDS; where there is nothing to measure, a row that says so."""
     single, paired = ([m for m in request.metrics if m in kind] for kind in (SINGLE, PAIRED))
-    if request.data != "updates":
-        now = run.components(step, request)
-        return (_single(now, single, step, request.split, request.data) if single else []) + _paired(run, step, request, paired)
-    rows, now = [], run.components(step, request)
-    for label, base in bases(run, step).items():
-        before = run.components(base, request)
-        delta = {name: now[name] - before[name] for name in now if name in before}
-        rows += _single(delta, single, step, request.split, f"updates {label}")
+    if request.circuit and request.data == "gradients":
+        return [nothing(step, request, "the OV circuit is a product of two layers, and has no gradient of its own")]
+    rows: list[Row] = []
+    if request.data == "updates":
+        if paired:
+            return [nothing(step, request, "compares representations of examples: use activations")]
+        for label, base, deltas in updates(run, step, request):
+            rows += measured(deltas, single, {"step": step, "other_step": base, "split": request.split, "data": label})
+        return rows  # the first snapshot has none
+    split, _ = run.load(step, request.split, "weights" if request.data == "weights" else request.data)
+    here = {"step": step, "other_step": None, "split": split, "data": request.data}
+    if single:
+        rows += measured(matrices(run, step, request), single, here)
+    if paired:
+        rows += compared(run, step, request, paired, here)
+    return rows or [nothing(step, request, f"the snapshot holds no such {request.data}")]
+
+
+def nothing(step: int, request: Request, reason: str) -> Row:
+    what = ("ov_circuit" if request.circuit else ", ".join(request.suffixes) or "every layer")
+    return dict(zip(FIELDS, (step, None, request.split, request.data, what, ", ".join(request.metrics), None, reason)))
+
+
+def updates(run: Snapshots, step: int, request: Request) -> Iterator[tuple[str, int | None, Iterator[Matrix]]]:
+    """(label, base step, differences of effective weights); what rounding of the two leaves is told with each."""
+    def difference(now: Matrix, before: Tensor) -> Matrix:
+        noise = measures.EPSILON * (now.entries.norm() + before.norm()).item()
+        return Matrix(now.name, now.entries - before, noise=noise)
+    for label, base in bases(run, step, request).items():
+        old = {m.name: m.entries for m in matrices(run, base, request)}
+        yield label, base, (difference(m, old[m.name]) for m in matrices(run, step, request) if m.name in old)
+    if request.target is None and not request.circuit:
+        _, weights = run.load(step, request.split, "weights")
+        yield "updates within the cycle", None, (difference(m, weights[f"{m.name}.base"]) for m in matrices(run, step, request)
+                                                 if f"{m.name}.base" in weights)
+
+
+def measured(matrices: Iterable[Matrix], metrics: list[str], here: Row) -> list[Row]:
+    """Rows of single-matrix measures; matrices of one shape share a batched SVD, of BATCH entries at most."""
+    rows: list[Row] = []
+    waiting: dict[tuple[int, ...], list[Matrix]] = {}
+
+    def settle(batch: list[Matrix]) -> None:
+        plain = [m for m in batch if m.spectrum is None]
+        spectra = dict(zip([m.name for m in plain], measures.singular_values(torch.stack([m.entries for m in plain])))) \
+            if plain else {}
+        for matrix in batch:
+            rows.extend(rows_of(matrix, spectra.get(matrix.name, matrix.spectrum), metrics, here))
+        batch.clear()
+    for matrix in matrices:
+        batch = waiting.setdefault(tuple(matrix.entries.shape), [])
+        batch.append(matrix)
+        if (len(batch) + 1) * matrix.entries.numel() > BATCH:
+            settle(batch)
+    for batch in waiting.values():
+        settle(batch)
     return rows
 
 
-def _single(matrices: dict[str, Tensor], metrics: list[str], step: int, split: str, data: str) -> list[dict[str, Any]]:
-    """Rows of single-matrix measures; matrices of one shape share a batched SVD."""
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name, matrix in matrices.items():
-        by_shape.setdefault(tuple(matrix.shape), []).append(name)
-    spectra = {}
-    for names in by_shape.values():
-        batch = measures.singular_values(torch.stack([matrices[n] for n in names]))
-        spectra |= dict(zip(names, batch))
-    rows = []
-    for name, matrix in matrices.items():
-        found = measures.of_matrix(matrix, spectra[name])
-        reasons = found.get("undefined", {})
-        rows += [_row(step, split, data, name, metric, found[metric], reasons.get(metric)) for metric in metrics]
-        spectrum = [float(f"{v:.5g}") for v in spectra[name].tolist()] if spectra[name].isfinite().all() else None
-        rows.append(_row(step, split, data, name, "spectrum", spectrum, None if spectrum else "the matrix is not finite"))
-    return rows
+def rows_of(matrix: Matrix, values: Tensor, metrics: list[str], here: Row) -> Iterator[Row]:
+    found = measures.of_matrix(matrix.entries, values, matrix.noise)
+    reasons = found.get("undefined", {})
+    spectrum = [float(f"{v:.5g}") for v in values.tolist()] if values.isfinite().all() else None
+    for metric, value, reason in [*((m, found[m], reasons.get(m)) for m in metrics),
+                                  ("spectrum", spectrum, None if spectrum else "the matrix is not finite")]:
+        yield here | {"component": matrix.name, "metric": metric, "value": value, "reason": reason}
 
 
-def _paired(run: Run, step: int, request: Request, metrics: list[str]) -> list[dict[str, Any]]:
+def compared(run: Snapshots, step: int, request: Request, metrics: list[str], here: Row) -> list[Row]:
+    """Rows of measures of a component's examples at this step and at the target."""
     target, rows = target_of(run, request), []
-    here, there = run.components(step, request), run.components(target, request)
-    for metric in metrics:
-        for name in here:
+    others = {m.name: m.entries for m in matrices(run, target, request)}
+    for matrix in matrices(run, step, request):
+        for metric in metrics:
             value, reason = None, None
             try:
-                value = PAIRED[metric](here[name], there[name])
+                value = PAIRED[metric](matrix.entries, others[matrix.name])
+            except KeyError:
+                reason = f"the snapshot of step {target} holds no such layer"
             except measures.Undefined as why:
                 reason = str(why)
-            rows.append(_row(step, request.split, request.data, name, f"{metric} to step {target}", value, reason))
+            rows.append(here | {"other_step": target, "component": matrix.name, "metric": metric, "value": value, "reason": reason})
     return rows
 
 
-def _row(step: int, split: str, data: str, component: str, metric: str, value: Any, reason: str | None) -> dict[str, Any]:
-    return dict(zip(FIELDS, (step, split, data, component, metric, value, reason)))
-
-
-def analyse(run: Run, requests: list[Request], steps: list[int], out: Path) -> list[dict[str, Any]]:
+def analyse(run: Snapshots, requests: list[Request], steps: Iterable[int], out: Path) -> list[Row]:
     """Rows of all steps, measured or from the cache; where that cannot be written, they are measured each time."""
-    rows = []
+    rows: dict[tuple, Row] = {}  # what two requests ask for is told once
     fingerprints = {step: run.fingerprint(step) for step in run.folders}
+    code = [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in (__file__, measures.__file__)]
     for step in tqdm(steps, desc=f"analysing {run.path}", unit=" steps", disable=None):
         for request in requests:
             read = [(s, fingerprints[s]) for s in steps_read(run, step, request)]
-            key = hashlib.sha256(repr((request, read)).encode()).hexdigest()[:16]
+            key = hashlib.sha256(repr((code, request, read)).encode()).hexdigest()[:16]
             cached = out / "cache" / f"step_{step}-{key}.json"
-            if cached.exists():
-                rows += json.loads(cached.read_text(encoding="utf-8"))
-                continue
-            fresh = measure(run, step, request)
-            with contextlib.suppress(OSError):
-                cached.parent.mkdir(parents=True, exist_ok=True)
-                write_text(cached, json.dumps(fresh, allow_nan=False))
-            rows += fresh
-    return rows
+            try:
+                found = json.loads(cached.read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # not there, or damaged
+                found = measure(run, step, request)
+                with contextlib.suppress(OSError):
+                    cached.parent.mkdir(parents=True, exist_ok=True)
+                    write_text(cached, json.dumps(found, allow_nan=False))
+            rows |= {tuple(row[name] for name in FIELDS[:-2]): row for row in found}
+    return list(rows.values())
 
 
 # ---- pico-analyze's YAML ----------------------------------------------------------------------------------------------
 
-def read_requests(path: Path) -> tuple[list[Request], range | None]:
+def read_requests(path: Path) -> tuple[list[Request], list[int] | range | None]:
     """(requests, steps) of a pico-analyze configuration. Raises AnalysisError naming what it does not know."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         steps = tree.get("steps")
         requests = [_request(metric, component) for metric in tree["metrics"] for component in metric["components"]]
-        chosen = range(steps["start"], steps["end"] + 1, steps["step"]) if steps else None
+        if isinstance(steps, dict):  # as there, the first step at or past `end` counts too
+            steps = range(steps["start"], steps["end"] + steps["step"], steps["step"])
+        elif not (steps is None or isinstance(steps, list)):
+            raise TypeError(f"steps are {{start, end, step}} or a list, not {steps!r}")
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise AnalysisError(f"{path}: not a pico-analyze configuration ({error})") from None
-    return requests, chosen
+    return requests, steps
 
 
 def _request(metric: dict, component: dict) -> Request:
-    name, suffixes = metric["metric_name"], component["layer_suffixes"]
+    name, suffixes, layers = metric["metric_name"], component["layer_suffixes"], component.get("layers")
     if name == "norm":
-        name = f"norm_{metric['norm_type']}"
+        name = f"norm_{metric['norm_type'].lower()}"
     known = (*SINGLE, *PAIRED)
     if name not in known or component["component_name"] not in ("simple", "ov_circuit") or component["data_type"] not in KINDS:
         raise AnalysisError(f"metric {name!r} of {component['component_name']!r} {component['data_type']!r} is not known; "
                             f"metrics are {', '.join(known)}")
+    if not (layers is None or isinstance(layers, list)):
+        raise TypeError(f"layers are a list such as [0, 11], not {layers!r}")
     circuit = component["component_name"] == "ov_circuit"
     listed = [suffixes["value_layer"], suffixes["output_layer"]] if circuit else [suffixes] if isinstance(suffixes, str) \
         else list(suffixes)
-    return Request([name], component["data_type"], metric.get("data_split", "val"), circuit, listed, component.get("layers"),
+    return Request([name], component["data_type"], metric.get("data_split", "val"), circuit, listed, layers,
                    metric.get("target_checkpoint"))
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------
 
-def write_tables(rows: list[dict[str, Any]], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+def rows_of_run(run: Snapshots, args: argparse.Namespace, out: Path) -> list[Row]:
+    """What the command's words ask for of one run."""
+    requests, wanted = read_requests(args.config) if args.config else (DEFAULT, None)
+    if args.since is not None:
+        requests = [*requests, replace(DEFAULT[0], target=args.since)]
+    steps = [step for step in run.folders if wanted is None or step in wanted]
+    if not steps:
+        raise AnalysisError(f"{run.path}: none of the wanted steps has a snapshot; there are "
+                            f"{', '.join(map(str, run.folders))}")
+    return analyse(run, requests, steps, out)
+
+
+def write_tables(rows: list[Row], out: Path) -> None:
     write_text(out / "metrics.json", json.dumps(rows, allow_nan=False) + "\n")
     with open(out / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(row for row in rows if row["metric"] != "spectrum")
 
 
-def analyse_run(path: Path, config: Path | None, out: Path | None) -> None:
-    run = Run(path)
-    requests, wanted = read_requests(config) if config else (DEFAULT, None)
-    steps = [step for step in run.folders if wanted is None or step in wanted]
-    if not steps:
-        raise AnalysisError(f"{path}: none of the wanted steps has a snapshot; there are {', '.join(map(str, run.folders))}")
-    out = out or path / "analysis"
+def learning_rates(run: Snapshots) -> list[tuple[int, float]]:
+    """(step, learning rate) of every update so far, or nothing where another lab's config names its schedule."""
     try:
-        rows = analyse(run, requests, steps, out)
-        write_tables(rows, out)
-        page = report.write_run(path, rows, out)
+        cfg = config_from_dict(run.config)
+    except ConfigError:
+        return []
+    rate = cfg.training.optimization.lr
+    return [(step, rate * learning_rate_multiplier(step, cfg)) for step in range(min(cfg.last_step, max(run.folders)))]
+
+
+@contextlib.contextmanager
+def results_in(out: Path) -> Iterator[None]:
+    """Makes the folder at once: that it cannot be written is told before hours of measuring."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+        yield
     except OSError as error:
         raise AnalysisError(f"{out}: cannot be written ({error.strerror}); give another folder with --out") from None
-    print(f"{len(rows):,} measures of {len(steps)} steps in {out}; open {page}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; or `compare` and several")
-    parser.add_argument("--config", type=Path, help="a YAML file of pico-analyze (default: all measures of all layers)")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/analysis, or comparison)")
-    args = parser.parse_args()
-    if str(args.runs[0]) == "compare":
-        if len(args.runs) < 3:
-            raise AnalysisError("compare: give two runs or more")
-        out, runs = args.out or Path("comparison"), labelled(args.runs[1:])
-        tables = {}
-        for label, path in runs.items():
-            run = Run(path)
-            tables[label] = analyse(run, DEFAULT, list(run.folders), path / "analysis")
-        print(f"open {report.write_comparison(runs, tables, out)}")
-        return
-    for label, path in labelled(args.runs).items():
-        analyse_run(path, args.config, args.out and (args.out / label if len(args.runs) > 1 else args.out))
+def compare(runs: dict[str, Snapshots], args: argparse.Namespace) -> None:
+    out = args.out or Path("comparison")
+    with results_in(out):
+        tables = {label: rows_of_run(run, args, run.path / "analysis") for label, run in runs.items()}
+        write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], out)
+        print(f"open {report.write_comparison({label: run.path for label, run in runs.items()}, tables, out)}")
 
 
 def labelled(paths: list[Path]) -> dict[str, Path]:
@@ -311,6 +340,29 @@ def labelled(paths: list[Path]) -> dict[str, Path]:
         if len(set(labels)) == len(paths):
             break
     return dict(zip(labels, paths))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; or `compare` and several")
+    parser.add_argument("--config", type=Path, help="a YAML file of pico-analyze (default: all measures of all layers)")
+    parser.add_argument("--since", type=int, metavar="STEP", help="also measure the updates since this step's snapshot")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/analysis, or comparison)")
+    args = parser.parse_args()
+    comparing = str(args.runs[0]) == "compare"
+    if comparing and len(args.runs) < 3:
+        raise AnalysisError("compare: give two runs or more")
+    runs = {label: Snapshots(path) for label, path in labelled(args.runs[comparing:]).items()}
+    if comparing:
+        return compare(runs, args)
+    for label, run in runs.items():
+        out = run.path / "analysis" if args.out is None else args.out / label if len(runs) > 1 else args.out
+        with results_in(out):
+            rows = rows_of_run(run, args, out)
+            write_tables(rows, out)
+            page = report.write_run(run.path, run.config, learning_rates(run), rows, out)
+        print(f"{len(rows):,} measures of {len({row['step'] for row in rows})} steps in {out}; open {page}")
+    return None
 
 
 if __name__ == "__main__":

@@ -9,19 +9,25 @@ Everything is float32, measured in eval mode (no dropout, no autocast), and leav
 random state as they were. The keys and shapes are those that pico-analyze reads:
 
     {"activations": {"layers.0.attention.v_proj": (examples, out)}, "weights": {...: (out, in)}, "gradients": {...}, ...}
+
+`Snapshots` reads those of a run back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 import dist
 import guard
+from checkpoint import CheckpointError, read_manifest, step_folders
 from config import ConfigError, LearningDynamicsConfig
 from data import to_device
 from relora import HEAD, ReLoRALinear
@@ -136,3 +142,42 @@ def optimizer_states(state: dict[str, dict], suffixes: list[str]) -> dict[str, T
     """{parameter.key: tensor} of the chosen layers, such as layers.0.swiglu.w_2.lora_A.exp_avg, from gathered states."""
     return {f"{name.removesuffix('.weight')}.{key}": value for name, values in state.items()
             if any(name.rpartition(".")[0].endswith(suffix) for suffix in suffixes) for key, value in values.items()}
+
+
+# ---- reading them back -------------------------------------------------------------------------------------------------
+
+class Snapshots:
+    """The snapshots in a run folder, and the run's configuration. Raises CheckpointError where there are none."""
+
+    def __init__(self, run: Path):
+        self.path = run
+        try:
+            self.config = yaml.safe_load((run / "training_config.yaml").read_text(encoding="utf-8"))
+            options = self.config["checkpointing"]
+            self.dynamics, checkpoints = options["learning_dynamics_dir"], run / options["checkpoints_dir"]
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{run}: not a run folder ({error})") from None
+        self.folders = {int(f.name[5:]): f for f in reversed(step_folders(checkpoints)) if (f / self.dynamics).is_dir()}
+        if not self.folders:
+            raise CheckpointError(f"{run}: holds no snapshots; train with checkpointing.learning_dynamics")
+
+    def load(self, step: int, split: str, kind: str) -> tuple[str, dict[str, Tensor]]:
+        """(split, {layer name: tensor}); weights do not depend on the split, so either's will do."""
+        for name in (split, "train", "val") if kind == "weights" else (split,):
+            path = self.folders[step] / self.dynamics / f"{name}_{kind}.pt"
+            if path.exists():
+                try:
+                    return name, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                except Exception as error:
+                    raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0][:200]})") from None
+        return split, {}
+
+    def fingerprint(self, step: int) -> str:
+        """Of the snapshot's files, from the manifest."""
+        try:
+            entries = read_manifest(self.folders[step])
+        except CheckpointError:  # a run copied without its manifests: go by size and time
+            entries = {p.name: {"sha256": f"{p.stat().st_size}:{p.stat().st_mtime_ns}"}
+                       for p in (self.folders[step] / self.dynamics).iterdir()}
+        listed = sorted((n, e["sha256"]) for n, e in entries.items() if n.endswith(".pt") and "training" not in n)
+        return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]

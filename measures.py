@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+EPSILON = torch.finfo(torch.float32).eps  # of what snapshots are kept in
+
+
 class Undefined(Exception):
     """Why a measure has no value here."""
 
@@ -22,13 +25,22 @@ def singular_values(matrix: Tensor) -> Tensor:
     return torch.linalg.svdvals(torch.where(finite[..., None], matrix, 0.0)).where(finite, torch.nan)
 
 
-def tolerance(values: Tensor, shape: tuple[int, ...]) -> float:
-    """Below this a singular value counts as 0: max(m, n) times float32's epsilon times the largest."""
-    return max(shape[-2:]) * torch.finfo(torch.float32).eps * values.max().item()
+def singular_values_of_product(left: Tensor, right: Tensor) -> Tensor:
+    """Those of left @ right, from small triangular factors: (..., m, k), (..., k, n) -> (..., min(m, n)), k <= m, n."""
+    finite = left.isfinite().all(-1).all(-1) & right.isfinite().all(-1).all(-1)
+    left, right = (torch.where(finite[..., None, None], t.double(), 0.0) for t in (left, right))
+    core = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.mT, mode="r").R.mT  # (..., k, k)
+    values = torch.linalg.svdvals(core).where(finite[..., None], torch.nan)
+    return torch.nn.functional.pad(values, (0, min(left.shape[-2], right.shape[-1]) - values.shape[-1]))
 
 
-def nonzero(values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    kept = values[values > tolerance(values, shape)]
+def tolerance(values: Tensor, shape: tuple[int, ...], noise: float = 0.0) -> float:
+    """Below this a singular value counts as 0: max(m, n) times float32's epsilon times the largest, and `noise`."""
+    return max(max(shape[-2:]) * EPSILON * values.max().item(), noise)
+
+
+def nonzero(values: Tensor, shape: tuple[int, ...], noise: float = 0.0) -> Tensor:
+    kept = values[values > tolerance(values, shape, noise)]
     if not len(kept):
         raise Undefined("the matrix is zero")
     return kept
@@ -48,9 +60,9 @@ def proportional_effective_rank(values: Tensor) -> float:
     return effective_rank(values) / len(values)
 
 
-def condition_number(values: Tensor, shape: tuple[int, ...]) -> float:
+def condition_number(values: Tensor, shape: tuple[int, ...], noise: float = 0.0) -> float:
     """Largest over smallest singular value, of those that are not 0."""
-    kept = nonzero(values, shape)
+    kept = nonzero(values, shape, noise)
     return (kept.max() / kept.min()).item()
 
 
@@ -87,12 +99,15 @@ def cka(x: Tensor, y: Tensor) -> float:
 def pwcca(x: Tensor, y: Tensor) -> float:
     """Projection-weighted CCA: canonical correlations, each weighted by how much of x its direction accounts for.
 
-    Not symmetric: the weights are x's. Needs more examples than the rank of either.
+    Not symmetric: the weights are x's. Undefined where the ranks p of x and q of y exceed n - 1 together: then
+    p + q - n + 1 correlations are 1 whatever the data. Above that noise still scores: about 0.65 at n = p + q + 2 and 0.45
+    at n = 2 (p + q).
     """
     x, y = centred(x), centred(y)
     basis_x, basis_y = span(x), span(y)
-    if len(x) <= basis_x.shape[1] + 1 or len(x) <= basis_y.shape[1] + 1:
-        raise Undefined(f"{len(x)} examples are too few for {max(basis_x.shape[1], basis_y.shape[1])} dimensions")
+    p, q = basis_x.shape[1], basis_y.shape[1]
+    if p + q > len(x) - 1:
+        raise Undefined(f"{len(x)} examples are too few for ranks {p} and {q}: some correlations would be 1 in any case")
     u, correlations, _ = torch.linalg.svd(basis_x.T @ basis_y, full_matrices=False)
     weights = ((basis_x @ u).T @ x).abs().sum(1)  # of each canonical direction, over the features of x
     return ((weights * correlations.clamp(max=1)).sum() / weights.sum()).item()
@@ -112,17 +127,17 @@ def span(x: Tensor) -> Tensor:
     return u[:, s > tolerance(s, tuple(x.shape))]
 
 
-def of_matrix(matrix: Tensor, values: Tensor | None = None) -> dict[str, float | None | dict[str, str]]:
+def of_matrix(matrix: Tensor, values: Tensor | None = None, noise: float = 0.0) -> dict[str, float | None | dict[str, str]]:
     """Every measure of one matrix (m, n); one that is undefined is None, with its reason under "undefined".
 
-    `values` are its singular values, where they are known already.
+    `values` are its singular values, where they are known already; `noise` is how large one may be by rounding alone.
     """
     values = singular_values(matrix) if values is None else values
     shape, total = tuple(matrix.shape), values.sum().item()
     measures = {
         "effective_rank": lambda: effective_rank(values), "per": lambda: proportional_effective_rank(values),
-        "numerical_rank": lambda: float((values > tolerance(values, shape)).sum()) if total else 0.0,
-        "condition_number": lambda: condition_number(values, shape),
+        "numerical_rank": lambda: float((values > tolerance(values, shape, noise)).sum()) if total else 0.0,
+        "condition_number": lambda: condition_number(values, shape, noise),
         "gini": lambda: gini(matrix), "hoyer": lambda: hoyer(matrix),
         "norm_frobenius": lambda: values.square().sum().sqrt().item(), "norm_nuclear": lambda: total,
         "norm_spectral": lambda: values.max().item(), "norm_inf": lambda: matrix.abs().max().item(),

@@ -42,6 +42,9 @@ def check(cfg: Config, values: dict[str, Any]) -> None:
     need(0 <= o.momentum < 1, "training.optimization.momentum", "must lie from 0 up to, but not including, 1")
     need(bool(cfg.checkpointing.hf_checkpoint.repo_id) or not cfg.checkpointing.save_to_hf,
          "checkpointing.hf_checkpoint.repo_id", "is needed for save_to_hf; set it to owner/name")
+    if (dynamics := cfg.checkpointing.learning_dynamics) is not None:
+        need(-m.max_seq_len <= dynamics.sequence_idx < m.max_seq_len, "checkpointing.learning_dynamics.sequence_idx",
+             f"is no position of {m.max_seq_len} tokens")
     name = cfg.checkpointing.run_name
     need(name is None or (name not in ("", ".", "..") and not set(name) & set("/\\\0\n")),
          "checkpointing.run_name", "must be one plain folder name")

@@ -11,6 +11,7 @@ import torch
 
 import analyze
 import lab
+import report
 
 DEMO = """
 analysis_name: demo
@@ -35,6 +36,8 @@ def runs(dataset, tmp_path_factory):
     for name in ("relora", "full"):
         path = lab.write_config(here / f"{name}.yaml", lab.tiny_tree(dataset, here, name, relora=name == "relora"))
         lab.run("train.py", path, "checkpointing.learning_dynamics.optimizer_states=true")
+    with open(here / "relora/metrics.jsonl", "a") as file:
+        file.write('{"step": 21, "tr')  # as a run that is still writing leaves it
     lab.call("analyze.py", here / "relora")
     return here
 
@@ -86,10 +89,11 @@ def test_the_circuit_of_a_head_shares_the_values_of_its_group(runs):
 def test_what_is_undefined_is_null_with_a_reason(runs):
     undefined = [row for row in rows(runs / "relora/analysis") if row["value"] is None]
     assert undefined and all(row["reason"] for row in undefined)
-    assert any("too few" in row["reason"] for row in undefined if row["metric"].startswith("pwcca"))
+    assert any("too few" in row["reason"] for row in undefined if row["metric"] == "pwcca")
 
 
-def test_a_second_call_measures_only_new_steps(runs, tmp_path):
+def test_a_second_call_measures_only_new_steps(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write_run", lambda *words: "no page")  # which takes seconds to draw
     def cached():
         return {p.name: p.stat().st_mtime_ns for p in (run / "analysis/cache").iterdir()}
     run, last = tmp_path / "relora", tmp_path / "step_20"
@@ -102,11 +106,14 @@ def test_a_second_call_measures_only_new_steps(runs, tmp_path):
     after = cached()
     assert before.items() <= after.items()
     new = Counter(name.split("-")[0] for name in after.keys() - before.keys())
-    # of older steps only their similarity to the last one, which is another one now
-    assert new == {"step_20": len(analyze.DEFAULT)} | {f"step_{step}": 1 for step in (0, 5, 10, 15)}
+    # of older steps only their similarities to the last one, which is another one now
+    assert new == {"step_20": len(analyze.DEFAULT)} | {f"step_{step}": 2 for step in (0, 5, 10, 15)}
     assert rows(run / "analysis") == rows(runs / "relora/analysis")
     lab.call("analyze.py", run)
     assert cached() == after
+    next((run / "analysis/cache").iterdir()).write_text("[{")  # as a full disk might leave it
+    lab.call("analyze.py", run)
+    assert rows(run / "analysis") == rows(runs / "relora/analysis")
 
 
 def test_a_yaml_file_of_pico_analyze_runs_unchanged(runs, tmp_path):
@@ -115,8 +122,8 @@ def test_a_yaml_file_of_pico_analyze_runs_unchanged(runs, tmp_path):
     table = rows(tmp_path / "out")
     assert {row["step"] for row in table} == {0, 10, 20}
     measured = {row["metric"] for row in table} - {"spectrum"}
-    assert measured == {"cka to step 20", "pwcca to step 20", "per", "norm_nuclear"}
-    assert value(table, step=20, metric="cka to step 20", component="layers.1.ov_circuit.heads.3") == pytest.approx(1)
+    assert measured == {"cka", "pwcca", "per", "norm_nuclear"}
+    assert value(table, step=20, other_step=20, metric="cka", component="layers.1.ov_circuit.heads.3") == pytest.approx(1)
     gradient = snapshot(runs / "relora", 10, "layers.0.swiglu.w_2", "gradients", "train")
     s = np.linalg.svd(gradient, compute_uv=False)
     p = s / s.sum()
@@ -124,21 +131,76 @@ def test_a_yaml_file_of_pico_analyze_runs_unchanged(runs, tmp_path):
         pytest.approx(np.exp(-(p * np.log(p + 1e-300)).sum()) / len(s), rel=1e-5)
 
 
+REQUEST = """
+metrics:
+  - {{metric_name: {metric}, data_split: {split}, norm_type: Frobenius, components: [{{component_name: {component},
+     data_type: {data}, layer_suffixes: {suffixes}, layers: [{layer}]}}]}}
+steps: [0, 15]
+"""
+ASKED = {"metric": "norm", "split": "val", "component": "simple", "data": "weights", "suffixes": "swiglu.w_2", "layer": 1}
+CIRCUIT = "{value_layer: attention.v_proj, output_layer: attention.o_proj}"
+
+
+@pytest.mark.parametrize("asked, reason", [
+    ({}, None), ({"split": "absent"}, None), ({"data": "gradients", "split": "absent"}, "holds no such gradients"),
+    ({"layer": 11}, "holds no such weights"), ({"suffixes": "swiglu.w_9"}, "holds no such weights"),
+    ({"data": "updates", "metric": "cka"}, "use activations"),
+    ({"data": "gradients", "component": "ov_circuit", "suffixes": CIRCUIT}, "has no gradient of its own")], ids=str)
+def test_what_a_file_asks_for_and_is_not_there_is_told_with_a_reason(runs, tmp_path, asked, reason):
+    (tmp_path / "asked.yaml").write_text(REQUEST.format(**ASKED | asked))
+    lab.call("analyze.py", runs / "relora", "--config", tmp_path / "asked.yaml", "--out", tmp_path / "out")
+    table = [row for row in rows(tmp_path / "out") if row["metric"] != "spectrum"]
+    assert [row["step"] for row in table] == [0, 15]
+    if reason is None:
+        expected = np.linalg.norm(snapshot(runs / "relora", 15, "layers.1.swiglu.w_2"))
+        assert table[1]["value"] == pytest.approx(expected, rel=1e-5) and table[1]["metric"] == "norm_frobenius"
+    else:
+        assert all(row["value"] is None and reason in row["reason"] for row in table)
+
+
+def test_updates_between_any_two_steps_and_within_a_cycle(dataset, tmp_path):
+    """A snapshot every 3 steps, merges every 5: rank 4 a cycle, whatever lies between two snapshots."""
+    runs = lab.Lab(tmp_path, dataset)
+    runs.train("run", "checkpointing.save_every_n_steps=3", "training.max_steps=12",
+               "checkpointing.learning_dynamics.eval_data=null", "evaluation.metrics=null")
+    lab.call("analyze.py", tmp_path / "run", "--since", 6)
+    table, layer = rows(tmp_path / "run/analysis"), "layers.0.swiglu.w_2"
+
+    def ranks(data):
+        return {row["step"]: row["value"] for row in table if row["data"] == data and row["component"] == layer
+                and row["metric"] == "numerical_rank"}
+    assert ranks("updates within the cycle") == {0: 0, 3: 4, 6: 0, 9: 4, 12: 4}  # update 6 is a restart's, at learning rate 0
+    assert ranks("updates since the start") == {3: 4, 6: 4, 9: 8, 12: 12}
+    assert ranks("updates since step 6") == {9: 4, 12: 8}
+    found = [snapshot(tmp_path / "run", step, layer, split="train") for step in (6, 12)]
+    assert value(table, step=12, other_step=6, data="updates since step 6", component=layer, metric="norm_spectral") == \
+        pytest.approx(np.linalg.norm(found[1] - found[0], 2), rel=1e-5)
+    assert {row["split"] for row in table if row["data"] == "weights"} == {"train"}, "there is no other"
+
+
 def test_tables_and_the_page_are_complete_and_self_contained(runs):
     out = runs / "relora/analysis"
     with open(out / "metrics.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == sum(row["metric"] != "spectrum" for row in rows(out))
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) >= 12
+    names = {path.stem for path in out.glob("*.png")}
+    assert names == {"training", "update_rank", "spectra", "heat_per", "weights", "gradients", "activations",
+                     "updates_since_the_start", "updates_since_the_last_snapshot", "updates_within_the_cycle"}
+    assert page.count("data:image/png;base64,") == len(names)
     assert "http://" not in page and "https://" not in page and "src=\"/" not in page
-    for name in ("training", "update_rank", "heat_weights", "spectra_weights"):
-        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert all((out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in names)
+    assert "the matrix is zero" in page, "why a value is undefined"
 
 
 def test_runs_are_compared(runs, tmp_path):
-    lab.call("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path)
-    assert "Runs compared: relora, full" in (tmp_path / "report.html").read_text() and (tmp_path / "loss.png").exists()
-    assert (tmp_path / "effective_rank_updates_since_the_start.png").exists()
+    lab.call("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path / "both")
+    assert "Runs compared: relora, full" in (tmp_path / "both/report.html").read_text()
+    assert {"loss", "updates_since_the_start", "activations"} <= {path.stem for path in (tmp_path / "both").glob("*.png")}
+    table = rows(tmp_path / "both")
+    assert {row["run"] for row in table} == {"relora", "full"} and {"cka", "pwcca"} <= {row["metric"] for row in table}
+    (tmp_path / "file").write_text("")
+    printed = lab.call("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path / "file/below", code=2)
+    assert "cannot be written" in printed
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +94,30 @@ def test_too_few_examples_are_undefined():
         pwcca(torch.randn(5, 8), torch.randn(5, 8))
     with pytest.raises(Undefined, match="same for every example"):
         cka(torch.ones(9, 3), torch.randn(9, 3))
+
+
+def test_independent_noise_is_never_called_alike_by_construction():
+    """60 + 60 dimensions of 100 examples share 21 whatever they hold; 20 + 20 of 100 need share none."""
+    made = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 100, 60, generator=made, dtype=torch.float64)
+    with pytest.raises(Undefined, match="100 examples are too few for ranks 60 and 60"):
+        pwcca(x, y)
+    assert pwcca(x[:, :20], y[:, :20]) < 0.6
+
+
+def test_a_product_has_the_singular_values_of_its_entries():
+    left, right = torch.randn(3, 9, 4), torch.randn(3, 4, 7)
+    expected = np.linalg.svd(left.double().numpy() @ right.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(measures.singular_values_of_product(left, right).numpy(), expected, atol=1e-12)
+
+
+def test_what_rounding_leaves_of_two_weights_is_no_rank():
+    made = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 256, generator=made)
+    update = 1e-4 * torch.randn(128, 3, generator=made) @ torch.randn(3, 256, generator=made) / 128
+    difference = (weight + update) - weight
+    noise = 2 * measures.EPSILON * weight.norm().item()
+    assert of_matrix(difference)["numerical_rank"] == 128 and of_matrix(difference, noise=noise)["numerical_rank"] == 3
 
 
 def test_low_rank_features_need_only_as_many_examples_as_their_rank():

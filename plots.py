@@ -1,0 +1,287 @@
+"""The figures of an analysis, from analyze.py's rows and a run's metrics.jsonl. Needs matplotlib, which nothing else here does.
+
+A sheet has a row of panels a measure, a column a kind of layer, and a line a layer, or a run where several are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import UserError
+
+Row = dict[str, Any]
+LABELS = {"effective_rank": "effective rank", "numerical_rank": "numerical rank", "per": "PER", "cka": "CKA", "pwcca": "PWCCA",
+          "condition_number": "condition number", "gini": "Gini", "hoyer": "Hoyer", "norm_frobenius": "Frobenius norm",
+          "norm_nuclear": "nuclear norm", "norm_spectral": "spectral norm", "norm_inf": "largest |entry|"}
+RANKS = ("effective_rank", "numerical_rank")
+FRACTIONS = ("per", "cka", "pwcca", "hoyer")  # drawn from 0 to 1
+CIRCUIT = "OV circuit, heads"
+CHAPTERS = {  # data: what to know of it
+    "updates since the start": "Effective weight minus that of the first snapshot: the cumulative update.",
+    "updates within the cycle": "s B A of ReLoRA layers: what has been learnt since the latest merge.",
+    "updates since the last snapshot": "Effective weight minus that of the snapshot before.",
+    "weights": "Effective weights W + s B A.",
+    "gradients": "Of the mean loss with respect to the effective weights.",
+    "activations": "Outputs of the layers at one position of each example. CKA and PWCCA compare a step's with those of the step "
+                   "named; PWCCA of noise is 0.45 where there are 4 examples for each dimension, and falls with more.",
+}
+
+
+class Line(NamedTuple):
+    label: str
+    colour: Any
+    points: list[tuple[int, float]]
+    spread: list[tuple[float, float]]  # least and largest behind each point
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("matplotlib: is needed to draw; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+                         "axes.spines.right": False, "figure.constrained_layout.use": True, "legend.frameon": False})
+    return plt
+
+
+# ---- what there is to draw --------------------------------------------------------------------------------------------
+
+def training_record(run: Path) -> dict[str, list[tuple[int, Any]]]:
+    """{key: [(step, value), ...]} of metrics.jsonl; a last line that is being written is left out."""
+    found: dict[str, list] = defaultdict(list)
+    path = run / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        for key, value in record.items():
+            if key != "step" and value is not None:
+                found[key].append((record["step"], value))
+    return found
+
+
+def layer_of(component: str) -> int:
+    return int(component.split(".")[1])
+
+
+def part_of(component: str) -> str:
+    """The kind of component, its name without the layer: attention.o_proj."""
+    part = component.split(".", 2)[-1]
+    return CIRCUIT if part.startswith("ov_circuit") else part
+
+
+def curves(rows: Iterable[Row], data: str, metric: str) -> dict[str, dict[int, dict[int, list[float]]]]:
+    """{part: {layer: {step: values}}} of what is defined; several values are those of an OV circuit's heads."""
+    found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in rows:
+        if row["data"] == data and row["metric"] == metric and row["value"] is not None:
+            found[part_of(row["component"])][layer_of(row["component"])][row["step"]].append(row["value"])
+    return found
+
+
+def average(values: list[float], metric: str) -> float:
+    return statistics.geometric_mean(values) if metric == "condition_number" else statistics.fmean(values)
+
+
+def layer_lines(plt, by_layer: dict[int, dict[int, list[float]]], metric: str, depth: int) -> list[Line]:
+    """A line a layer, darker where deeper."""
+    colours = plt.get_cmap("viridis_r")
+    return [Line(f"layer {layer}", colours((layer + 1) / depth), [(s, average(v, metric)) for s, v in sorted(by_step.items())],
+                 [(min(v), max(v)) for _, v in sorted(by_step.items())]) for layer, by_step in sorted(by_layer.items())]
+
+
+def run_line(label: str, colour: Any, by_layer: dict[int, dict[int, list[float]]], metric: str) -> Line:
+    """The mean over a run's layers, and from which to which it spreads."""
+    by_step: dict[int, list[float]] = defaultdict(list)
+    for steps in by_layer.values():
+        for step, values in steps.items():
+            by_step[step] += values
+    return Line(label, colour, [(s, average(v, metric)) for s, v in sorted(by_step.items())],
+                [(min(v), max(v)) for _, v in sorted(by_step.items())])
+
+
+def axis_labels(rows: list[Row]) -> dict[str, str]:
+    """{metric: its label}; a similarity's says with what."""
+    others = {row["metric"]: row["other_step"] for row in rows if row["metric"] in ("cka", "pwcca")}
+    return LABELS | {metric: f"{LABELS[metric]} with step {step}" for metric, step in others.items() if step is not None}
+
+
+# ---- sheets of panels --------------------------------------------------------------------------------------------------
+
+def in_order(parts: Iterable[str]) -> list[str]:
+    return sorted(set(parts), key=lambda part: (part == CIRCUIT, part))
+
+
+def sheet(plt, panels: dict[str, dict[str, list[Line]]], title: str, labels: dict[str, str],
+          bounds: dict[str, list[tuple[int, float]]] | None = None, merges: Iterable[int] = ()):
+    """Panels {measure: {part: lines}}, a row a measure; `bounds` {part: points} is drawn with the ranks."""
+    panels = {metric: parts for metric, parts in panels.items() if any(parts.values())}
+    if not panels:
+        return None
+    columns = in_order(part for parts in panels.values() for part, lines in parts.items() if lines)
+    figure, axes = plt.subplots(len(panels), len(columns), squeeze=False, sharex=True, sharey="row",
+                                figsize=(max(5.0, min(13.0, 3.3 * len(columns) + 0.9)), 1.9 * len(panels) + 1.0))
+    legend: dict[str, Any] = {}
+    for across, (metric, parts) in zip(axes, panels.items()):
+        for axis, part in zip(across, columns):
+            for line in parts.get(part, []):
+                steps, values = zip(*line.points)
+                legend[line.label], = axis.plot(steps, values, "o-", markersize=2.5, linewidth=1.2, color=line.colour)
+                if any(low != high for low, high in line.spread):
+                    axis.fill_between(steps, *zip(*line.spread), color=line.colour, alpha=0.12, linewidth=0)
+            if bounds and metric in RANKS and bounds.get(part):
+                legend["r x cycles"], = axis.plot(*zip(*bounds[part]), "--", color="0.45", linewidth=1)
+            for step in merges:
+                axis.axvline(step, color="0.6", linewidth=0.7, linestyle=":")
+            if part != columns[0] and not parts.get(part):
+                axis.set_visible(False)
+        across[0].set_ylabel(labels[metric])
+        scale(across[0], metric, max(high for lines in parts.values() for line in lines for _, high in line.spread))
+    for axis, part in zip(axes[0], columns):
+        axis.set_title(part, fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.suptitle(title)
+    if len(legend) <= 12:
+        figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=min(6, len(legend)))
+    else:
+        layers = [int(label.split()[1]) for label in legend if label.startswith("layer")]
+        figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(min(layers), max(layers)), plt.get_cmap("viridis_r")),
+                        ax=axes[:, -1], label="layer")
+    return figure
+
+
+def scale(axis, metric: str, largest: float) -> None:
+    """Condition numbers span decades; a fraction is read against 0 and 1, a rank or a norm against 0."""
+    if metric == "condition_number":
+        axis.set_yscale("log")
+    elif metric in FRACTIONS:
+        axis.set_ylim(-0.03, 1.03)
+    else:
+        axis.set_ylim(0, 1.08 * largest or 1)
+
+
+def plot_heat(plt, rows: list[Row], metric: str = "per"):
+    """Layers by steps: a row of panels a kind of data, a column a kind of layer."""
+    found = {data: {p: layers for p, layers in curves(rows, data, metric).items() if p != CIRCUIT} for data in CHAPTERS}
+    found = {data: parts for data, parts in found.items() if parts and data != "updates since the last snapshot"}
+    if not found:
+        return None
+    columns = sorted({part for parts in found.values() for part in parts})
+    figure, axes = plt.subplots(len(found), len(columns), squeeze=False,
+                                figsize=(max(5.0, min(13.0, 3.1 * len(columns) + 1.2)), 1.8 * len(found) + 1.0))
+    for across, (data, parts) in zip(axes, found.items()):
+        for axis, part in zip(across, columns):
+            layers = sorted(parts.get(part, {}))
+            steps = sorted({step for by_step in parts.get(part, {}).values() for step in by_step})
+            if not layers:
+                axis.axis("off")
+                continue
+            grid = [[average(parts[part][n][s], metric) if s in parts[part][n] else math.nan for s in steps] for n in layers]
+            image = axis.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+            shown = range(0, len(steps), max(1, -(-len(steps) // 6)))
+            axis.set_xticks(list(shown), [str(steps[i]) for i in shown])
+            named = range(0, len(layers), max(1, -(-len(layers) // 6)))
+            axis.set_yticks(list(named), [str(layers[i]) for i in named])
+            axis.grid(False)
+            axis.set_title(f"{data}\n{part}" if axis is across[0] else part, fontsize=8)
+        across[0].set_ylabel("layer")
+        figure.colorbar(image, ax=across, fraction=0.04)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.suptitle(f"{LABELS[metric]}, layers by steps")
+    return figure
+
+
+def plot_spectra(plt, rows: list[Row]):
+    """Singular values over their largest at the last step, of weights and of cumulative updates."""
+    chosen: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    last = max((r["step"] for r in rows if r["metric"] == "spectrum"), default=None)
+    for row in rows:
+        if row["metric"] == "spectrum" and row["step"] == last and row["value"] and row["value"][0] > 0:
+            if row["data"] in ("weights", "updates since the start", "gradients") and part_of(row["component"]) != CIRCUIT:
+                chosen[row["data"]][part_of(row["component"])].append((layer_of(row["component"]), row["value"]))
+    if not chosen:
+        return None
+    columns = sorted({part for parts in chosen.values() for part in parts})
+    figure, axes = plt.subplots(len(chosen), len(columns), squeeze=False, sharey=True, sharex="col",
+                                figsize=(max(5.0, min(13.0, 3.2 * len(columns) + 0.6)), 2.1 * len(chosen) + 0.9))
+    colours = plt.get_cmap("viridis_r")
+    for across, (data, parts) in zip(axes, chosen.items()):
+        for axis, part in zip(across, columns):
+            depth = max((layer for layer, _ in parts.get(part, [])), default=0) + 1
+            for layer, values in sorted(parts.get(part, [])):
+                axis.semilogy(range(1, len(values) + 1), [max(v / values[0], 1e-9) for v in values],
+                              color=colours((layer + 1) / depth), label=f"layer {layer}")
+            axis.axhline(1e-5, color="0.5", linewidth=0.8, linestyle="--")
+            axis.set_ylim(3e-7, 2)
+            axis.set_title(f"{data}: {part}" if axis is across[0] else part, fontsize=8)
+        across[0].set_ylabel("relative to the largest")
+    for axis in axes[-1]:
+        axis.set_xlabel("singular value number")
+    if len(axes[0][0].get_lines()) <= 5:
+        axes[0][0].legend(fontsize=7)
+    figure.suptitle(f"Singular values at step {last}; below the dashed line rounding begins to show")
+    return figure
+
+
+def plot_training(plt, run: Path, rates: list[tuple[int, float]]):
+    record = training_record(run)
+    if not record["train/loss"]:
+        return None
+    figure, (axis, below) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, height_ratios=(3, 1))
+    draw_loss(axis, record, record["train/loss"], "tab:blue", "training loss")
+    for number, (step, _) in enumerate(record["relora/reset_count"]):
+        for panel in (axis, below):
+            panel.axvline(step, color="0.6", linewidth=0.8, linestyle=":", label="merge" if not number else None)
+    below.plot(*zip(*(rates or record["trainer/learning_rate"])), color="tab:green", linewidth=1)
+    axis.set(ylabel="loss (nats a token, log scale)", title=f"{run.name}: loss and learning rate")
+    below.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
+    axis.legend(loc="upper right")
+    return figure
+
+
+def draw_loss(axis, record: dict, points: list[tuple[float, float]], colour: str, label: str) -> None:
+    """Training loss over any measure of progress, and the evaluations' as markers where that is the step."""
+    axis.plot(*zip(*points), color=colour, linewidth=1.2, label=label)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:.3g}")
+    axis.tick_params(axis="y", which="minor", labelsize=7)
+    if points is record["train/loss"]:
+        for key, marker in (("eval/val_loss", "o"), ("eval/paloma_loss", "s")):
+            if record[key]:
+                axis.plot(*zip(*record[key]), marker, color=colour, markersize=5, markerfacecolor="none",
+                          label=f"{label}: {key[5:-5]}" if label != "training loss" else f"{key[5:-5]} loss")
+
+
+def plot_losses(plt, runs: dict[str, Path]):
+    """Loss over steps, tokens and seconds of training."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.0), sharey=True)
+    for number, (name, run) in enumerate(runs.items()):
+        record = training_record(run)
+        if not record["train/loss"]:
+            continue
+        tokens, speed, clock, before = dict(record["tokens"]), dict(record["tokens_per_second"]), 0.0, 0
+        by_tokens, by_time = [], []
+        for step, loss in record["train/loss"]:
+            clock += (tokens[step] - before) / speed[step]
+            before = tokens[step]
+            by_tokens.append((tokens[step] / 1e6, loss))
+            by_time.append((clock, loss))
+        for axis, points in zip(axes, (record["train/loss"], by_tokens, by_time)):
+            draw_loss(axis, record, points, f"C{number}", name)
+    for axis, label in zip(axes, ("step", "millions of tokens", "seconds of training, on whatever machine that was")):
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("training loss (nats a token, log scale)")
+    axes[0].legend(fontsize=8)
+    return figure
