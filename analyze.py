@@ -32,9 +32,9 @@ import dist
 import measures
 import plots
 import report
-from checkpoint import write_text
 from config import ConfigError, UserError, config_from_dict
 from dynamics import Snapshots
+from files import write_text
 from relora import learning_rate_multiplier
 
 PAIRED = {"cka": measures.cka, "pwcca": measures.pwcca}

@@ -34,8 +34,10 @@ import parquet
 import timing
 import train
 from config import Config, UserError, load_config
+from model import PicoDecoder
 from run import Progress
 from shards import write_shards
+from trainer import Trainer, build
 
 VOCAB = 50304
 PRESETS = ("tiny", "small", "medium", "large")
@@ -72,10 +74,10 @@ def case_config(case: Case, more: Iterable[str] = ()) -> Config:
 
 # ---- in the process of a case ----------------------------------------------------------------------------------
 
-def trainer(case: Case, cfg: Config, device: torch.device) -> train.Trainer:
+def trainer(case: Case, cfg: Config, device: torch.device) -> Trainer:
     precision = "bf16-mixed" if device.type == "cuda" else "32-true"
-    t = train.Trainer(cfg, device, precision, None, None, None, None, None, Progress(device))
-    train.build(t, adapters=case.mode.startswith("r"))
+    t = Trainer(cfg, device, precision, None, None, None, None, None, Progress(device))
+    build(t, adapters=case.mode.startswith("r"))
     return t
 
 
@@ -98,7 +100,7 @@ def stock_step(case: Case, cfg: Config, device: torch.device, rows: torch.Tensor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     with torch.device("meta"):
-        flops = train.PicoDecoder(m).flops_per_token()
+        flops = PicoDecoder(m).flops_per_token()
     return step, flops
 
 

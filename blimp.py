@@ -39,7 +39,9 @@ def _load_pairs(cfg: BlimpConfig) -> list[Pair]:
         else:
             texts = _from_hub(cfg.dataset_name)
         found = [_pair(line) for text in texts for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if not found:
+            raise ValueError("no pairs in it")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{key}: {cfg.dataset_name!r} cannot be read ({error}); give BLiMP.zip or a folder of its "
                           f"jsonl files") from None
     chosen: dict[str, list[Pair]] = defaultdict(list)
@@ -61,7 +63,10 @@ def _zipped(path: Path) -> Iterator[str]:
 
 def _pair(line: str) -> Pair:
     record = json.loads(line)
-    return Pair(record["UID"], record["linguistics_term"], record["sentence_good"], record["sentence_bad"])
+    pair = Pair(record["UID"], record["linguistics_term"], record["sentence_good"], record["sentence_bad"])
+    if not all(isinstance(text, str) for text in pair):
+        raise ValueError(f"not texts: {line[:80]}")
+    return pair
 
 
 def _from_hub(name: str) -> list[str]:

@@ -20,7 +20,7 @@ import pickle
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,15 +28,14 @@ import torch
 from torch import Tensor, nn
 
 import dist
-import guard
-from config import CheckpointingConfig, Config, ConfigError, UserError, flat, to_dict
-from data import sha256
+from config import CheckpointingConfig, Config, ConfigError, UserError, contradictions, to_dict
+from files import STAGING, NoRoom, fsync, full_disk, need_room, sha256, write_text
 
 MANIFEST = "manifest.json"
-STAGING = ".staging-"
+
 
 class Writer(NamedTuple):
-    """How one file of a checkpoint comes about."""
+    """How to write one file of a checkpoint."""
     write: Callable[[Path], Any]  # to the path that it is given
     size: int = 0  # bytes, about; 0: few
 
@@ -67,18 +66,21 @@ def gather_state(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], 
     return state
 
 
-def load_model_state(model: nn.Module, state: dict[str, Tensor], source: str | Path, copy: bool = True) -> None:
-    """Copy `state` into an unwrapped model, or only compare. Raises CheckpointError listing names or shapes amiss."""
-    own = model.state_dict()
-    problems = [f"{name} is missing" for name in own.keys() - state.keys()]
-    problems += [f"{name} is unexpected" for name in state.keys() - own.keys()]
-    problems += [f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-                 for name, tensor in own.items() if name in state and state[name].shape != tensor.shape]
+def load_model_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy `state` into an unwrapped model. Raises CheckpointError listing names or shapes that do not fit."""
+    compare_states(model.state_dict(), state, source)
+    model.load_state_dict(state)
+
+
+def compare_states(expected: dict[str, Tensor], found: dict[str, Tensor], source: str | Path) -> None:
+    """Raises CheckpointError listing the missing, unexpected and misshapen tensors of `found`."""
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
+    problems += [f"{name} is {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+                 for name, tensor in expected.items() if name in found and found[name].shape != tensor.shape]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{source}: does not fit the model: {'; '.join(sorted(problems)[:8])}{more}")
-    if copy:
-        model.load_state_dict(state)
 
 
 def load_optimizer_state(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer],
@@ -111,32 +113,6 @@ def tensor_bytes(value: Any) -> int:
 
 # ---- writing -------------------------------------------------------------------------------------------------
 
-def fsync(path: Path) -> None:
-    """Make a file's contents, or a folder's entries, survive a power cut."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    staged = path.with_name(f"{STAGING}{path.name}{dist.node_suffix()}")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        fsync(staged)
-        os.replace(staged, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            staged.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)
-
-
 def _write_manifest(folder: Path, entries: dict[str, dict]) -> None:
     write_text(folder / MANIFEST, json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n")
 
@@ -150,7 +126,7 @@ def publish(folder: Path, files: dict[str, Writer]) -> None:
     needed, problem = sum(writer.size for writer in files.values()), None
     try:
         shutil.rmtree(staged, ignore_errors=True)
-        guard.need_room(folder, needed, "it")
+        need_room(folder, needed, "it")
         staged.mkdir(parents=True)
         entries = {name: _write_file(staged / name, writer) for name, writer in files.items()}
         for parent in {(staged / name).parent for name in files}:
@@ -158,9 +134,9 @@ def publish(folder: Path, files: dict[str, Writer]) -> None:
         _write_manifest(staged, entries)
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
-        if not isinstance(error, (OSError, RuntimeError, guard.NoRoom)):  # torch.save tells of a full disk by RuntimeError
+        if not isinstance(error, (OSError, RuntimeError, NoRoom)):  # torch.save tells of a full disk by RuntimeError
             raise
-        problem = guard.full_disk(error, folder, needed)
+        problem = full_disk(error, folder, needed)
     if problem is not None:  # raised only here: the error above would keep the half-written file open, and its room taken
         raise CheckpointError(f"{folder} cannot be written: {problem}")
     _replace(folder, staged, entries)
@@ -217,11 +193,15 @@ class Saver:
         try:
             self.error = None
             self._publish(folder, files)
+        except Exception as error:  # the training loop checks it
+            self.error = error
+            return
+        try:
             mark_latest(folder)
             prune_training_states(self.folder, self.cfg)
-            self.published()
-        except Exception as error:  # the training loop asks for it
-            self.error = error
+        except OSError as error:  # the checkpoint is there; `latest` is put right at the next start
+            self.say(f"{folder.parent}: cannot be tidied ({error.strerror})", "WARNING")
+        self.published()
 
     def _publish(self, folder: Path, files: dict[str, Writer]) -> None:
         try:
@@ -277,14 +257,15 @@ def read_manifest(folder: Path) -> dict[str, dict]:
             if path.is_absolute() or ".." in path.parts or set(name) & set("\\:") or not isinstance(entry["size"], int):
                 raise ValueError(f"the entry {name!r} points outside of the folder or has no size")
             str(entry["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: {MANIFEST} is missing or damaged ({error})") from None
     return entries
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest. Raises CheckpointError naming the first that differs."""
-    for name, entry in read_manifest(folder).items():
+def verify(folder: Path) -> dict[str, dict]:
+    """The manifest's entries, every file compared with them. Raises CheckpointError naming the first that differs."""
+    entries = read_manifest(folder)
+    for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder}: {name} is missing")
@@ -292,10 +273,11 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes instead of {entry['size']}")
         if sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{folder}: {name} differs from its checksum")
+    return entries
 
 
-def find_resumable(checkpoints: Path, cfg: CheckpointingConfig) -> Iterator[tuple[Path | None, str]]:
-    """Yield (None, complaint) for each newer folder that is damaged, then (the newest valid one or None, "").
+def find_resumable(checkpoints: Path, cfg: CheckpointingConfig) -> tuple[Path | None, list[str]]:
+    """(the newest valid step folder with a training state, or None; what is wrong with each newer one).
 
     Damaged folders are set aside, leftovers of interrupted writes are deleted or, where only the renaming was left to
     do, completed.
@@ -303,19 +285,19 @@ def find_resumable(checkpoints: Path, cfg: CheckpointingConfig) -> Iterator[tupl
     if checkpoints.is_dir():
         for leftover in checkpoints.glob(f"{STAGING}*"):
             _settle(leftover)
+    complaints = []
     for folder in step_folders(checkpoints):
         try:
-            entries = read_manifest(folder)
-            verify(folder)
+            entries = verify(folder)
         except CheckpointError as error:
-            yield None, f"{error}; kept as {set_aside(folder).name}"
+            complaints.append(f"{error}; kept as {set_aside(folder).name}")
             continue
         if f"{cfg.fabric_checkpoint_dir}/{cfg.fabric_checkpoint_filename}" in entries:
-            mark_latest(folder)
-            yield folder, ""
-            return
-        yield None, f"{folder}: holds no training state (pruned)"
-    yield None, ""
+            with contextlib.suppress(OSError):  # a full disk
+                mark_latest(folder)
+            return folder, complaints
+        complaints.append(f"{folder}: holds no training state (pruned)")
+    return None, complaints
 
 
 def _settle(leftover: Path) -> None:
@@ -333,11 +315,11 @@ def read_state(path: Path) -> dict[str, Any]:
     """The training state in a file, tensors on the CPU; nothing pickled is ever executed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        assert {"step", "model", "config"} <= state.keys()
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    except (AssertionError, AttributeError):
-        raise CheckpointError(f"{path}: not a training state of this lab") from None
+    kinds = {"step": int, "model": dict, "optimizer": dict, "config": dict, "progress": dict, "data": dict, "metrics_bytes": int}
+    if not (isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in kinds.items())):
+        raise CheckpointError(f"{path}: not a training state of this lab")
     return state
 
 
@@ -347,36 +329,25 @@ def resume(checkpoints: Path, cfg: Config) -> tuple[dict[str, Any] | None, list[
     Every rank must call it. Raises UserError where run and checkpoint contradict each other.
     """
     def find() -> tuple[Path | None, list[str]]:
-        found, notes = None, []
         if cfg.checkpointing.training.auto_resume:
-            for found, complaint in find_resumable(checkpoints, cfg.checkpointing):
-                notes += [complaint] if complaint else []
-        elif step_folders(checkpoints):
+            return find_resumable(checkpoints, cfg.checkpointing)
+        if step_folders(checkpoints):
             raise ConfigError(f"checkpointing.training.auto_resume: is off, but {checkpoints} holds checkpoints; choose "
                               f"another checkpointing.run_name")
-        return found, notes
+        return None, []
 
     found, notes = dist.on_rank0(find)
     if found is None:
         return None, notes
     state = read_state(found / cfg.checkpointing.fabric_checkpoint_dir / cfg.checkpointing.fabric_checkpoint_filename)
-    if differences := contradictions(state["config"], cfg):
+    try:
+        differences = contradictions(state["config"], to_dict(cfg))
+        before = state["config"]["training"]["max_steps"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{found}: holds no configuration of this lab ({error})") from None
+    if differences:
         raise ConfigError(f"{found}: is of another run ({'; '.join(differences)}); put these back, or choose another "
                           f"checkpointing.run_name")
-    before = state["config"]["training"]["max_steps"]
     if before != cfg.training.max_steps:
         notes.append(f"training.max_steps: {before} -> {cfg.training.max_steps} bends the schedule from here on")
     return state, notes
-
-
-def contradictions(saved: dict[str, Any], cfg: Config) -> list[str]:
-    """What makes `cfg` another run than the one whose config was saved: "key: saved -> now", one each."""
-    def facts(tree: dict[str, Any]) -> dict[str, Any]:
-        optimization = {k: v for k, v in tree["training"]["optimization"].items() if k != "gradient_accumulation_steps"}
-        model = {k: v for k, v in tree["model"].items() if k != "fast_paths"}
-        return {"data.dataloader.batch_size": tree["data"]["dataloader"]["batch_size"], **flat(model, "model."),
-                "training.seed": tree["training"]["seed"], **flat(optimization, "training.optimization.")}
-    before, now = facts(saved), facts(to_dict(cfg))
-    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)]
-

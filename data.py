@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
+from files import sha256
 
 INDEX = "index.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -36,14 +37,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_index(folder: Path) -> dict[str, Any]:
     """The checked index of one split's folder.
 
@@ -55,19 +48,37 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: not there; make the dataset with shards.py (see python shards.py --help)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     try:
         numbers = [index["row_length"], index["vocab_size"], *(shard["rows"] for shard in index["shards"])]
         sound = (all(type(n) is int and 1 <= n < 2 ** 31 for n in numbers) and index["row_length"] >= 2
                  and index["dtype"] in ("uint16", "uint32")
-                 and all(shard["file"] == Path(shard["file"]).name and shard["sha256"]
-                         for shard in index["shards"]))
-    except (KeyError, TypeError) as error:
+                 and all(shard["file"] == Path(shard["file"]).name and shard["sha256"] and _sources_fit(shard)
+                         for shard in index["shards"])
+                 and all(isinstance(number, float) for number in (index.get("entropy") or {}).values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not an index of token shards ({type(error).__name__}: {error})") from None
     if not sound or not index["shards"]:
         raise DataError(f"{path}: needs row_length of 2 or more, a uint dtype, and shards with rows in this folder")
     return index
+
+
+def _sources_fit(shard: dict[str, Any]) -> bool:
+    sources = shard.get("sources")
+    return sources is None or len(sources) == shard["rows"] and all(isinstance(source, str) for source in sources)
+
+
+def shard_entry(path: Path, rows: int, sources: list[str] | None = None) -> dict[str, Any]:
+    """A shard's line in the index; `sources` names where each row is from, if that is known."""
+    return {"file": path.name, "rows": rows, "sha256": sha256(path)} | ({"sources": sources} if sources else {})
+
+
+def write_index(folder: Path, shards: list[dict], row_length: int, vocab_size: int, source: str,
+                revision: str | None = None, **extra: Any) -> None:
+    index = {"row_length": row_length, "dtype": token_dtype(vocab_size).name, "vocab_size": vocab_size,
+             "source": source, "revision": revision, **extra, "shards": shards}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 class TokenDataset:

@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -30,6 +31,9 @@ from config import UserError
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LAUNCHER_SECONDS = 30  # for torchrun's store to answer
+SECOND_THOUGHT_SECONDS = 3.0
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS)
 
 _hosts: torch_dist.ProcessGroup | None = None  # for votes, which must not wait for a device
 _patient: torch_dist.ProcessGroup | None = None  # for objects: one rank may be downloading while the others wait
@@ -67,6 +71,14 @@ def pick_device(wanted: str = "auto") -> torch.device:
     return torch.device(kind, local_rank()) if kind == "cuda" else torch.device(kind)
 
 
+class Ending(BaseException):
+    """The end of a run that is no error in it, such as a signal: no `except Exception` may take it for one."""
+
+    def __init__(self, words: str, exit_code: int):
+        super().__init__(words)
+        self.exit_code = exit_code
+
+
 @contextlib.contextmanager
 def session(wanted_device: str = "auto", hang_minutes: float = 30, patience_minutes: float = 60) -> Iterator[torch.device]:
     """Join the process group, if torchrun started us, and leave it at the end; yields this rank's device.
@@ -80,7 +92,8 @@ def session(wanted_device: str = "auto", hang_minutes: float = 30, patience_minu
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which idles the cores of a laptop
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world))
     if "RANK" in os.environ:
         _die_with_torchrun()
         hang, patience = (datetime.timedelta(minutes=m) for m in (hang_minutes, hang_minutes + patience_minutes))
@@ -129,7 +142,7 @@ def watched(minutes: float) -> Iterator[None]:
 
 
 def _group() -> bool:
-    return torch_dist.is_available() and torch_dist.is_initialized() and torch_dist.get_world_size() > 1
+    return torch_dist.is_initialized() and torch_dist.get_world_size() > 1
 
 
 def barrier() -> None:
@@ -146,13 +159,12 @@ def sum_(tensor: Tensor) -> Tensor:
 
 def largest(*values: int) -> list[int]:
     """Each value's maximum over the ranks: a vote. It goes between the hosts, so no device is waited for."""
-    if not _group():
-        return list(values)
-    faulthandler.cancel_dump_traceback_later()  # from here on it is the others who are late
     votes = torch.tensor(values, dtype=torch.int32)
-    torch_dist.all_reduce(votes, torch_dist.ReduceOp.MAX, group=_hosts)
+    if _group():
+        faulthandler.cancel_dump_traceback_later()  # from here on it is the others who are late
+        torch_dist.all_reduce(votes, torch_dist.ReduceOp.MAX, group=_hosts)
     if _watched_seconds is not None:
-        faulthandler.dump_traceback_later(_watched_seconds, exit=True)
+        faulthandler.dump_traceback_later(_watched_seconds, exit=True, file=sys.__stderr__)
     return votes.tolist()
 
 
@@ -229,16 +241,23 @@ def assign_(target: Tensor, whole: Tensor) -> None:
 # ---- commands ----------------------------------------------------------------------------------------------
 
 def command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`: what the user can mend is one line from rank 0 and exit code 2."""
+    """Run a command's `main`: what the user can fix is one line, and exit code 2."""
     try:
         sys.exit(main() or 0)
-    except UserError as error:
-        print0(f"error: {' '.join(str(error).split())[:900]}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except (UserError, Ending) as error:
+        code, words = error.exit_code, str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (*FULL, *BAD_PATH):
             raise
-        print0(f"error: {error.filename or 'writing'}: the disk is full; free some room", file=sys.stderr)
-        sys.exit(1)
+        code, words = (1, f"{error.filename or 'writing'}: the disk is full; free some room") if error.errno in FULL else \
+            (2, f"{str(error.filename)[:100]}: {error.strerror}; give another path")
+    except UnicodeEncodeError as error:
+        code, words = 2, f"{error.object[:40]!r}: is not text that can be written ({error.reason})"
+    except RecursionError:
+        code, words = 2, "the input is nested too deeply to be read"
     except KeyboardInterrupt:
         sys.exit(130)
+    if rank():  # most often rank 0 met the same, and its end has torchrun end us before we repeat it
+        time.sleep(SECOND_THOUGHT_SECONDS)
+    print(f"error: {f'rank {rank()}: ' if rank() else ''}{' '.join(words.split())[:900]}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -26,13 +26,12 @@ from tqdm import tqdm
 import blimp
 import dist
 import guard
-from checkpoint import write_text
 from config import Config, ConfigError, UserError, config_from_dict, load_config
 from data import INDEX, TokenDataset, Tokenizer, load_tokenizer, read_index, to_device
 from export import load_decoder, resolve
-from model import IGNORE
-from run import finite
-from shards import local_or_hub
+from files import write_json
+from hub import local_or_hub
+from kernels import IGNORE
 from wrap import eagerly
 
 T = TypeVar("T")
@@ -128,9 +127,13 @@ def evaluate_blimp(model: nn.Module, pairs: list[blimp.Pair], tokenizer: Tokeniz
 def open_rows(name: str, split: str, key: str, cfg: Config) -> TokenDataset:
     """The evaluation rows that the option `key` names, a folder or a Hub dataset. Raises ConfigError naming key and fix."""
     try:
-        return TokenDataset(local_or_hub(name, split, cfg.data.dataset, cfg.model.vocab_size), split)
+        rows = TokenDataset(local_or_hub(name, split, cfg.data.dataset, cfg.model.vocab_size), split)
     except UserError as error:
         raise ConfigError(f"{key}: {name!r} cannot be had ({error}); give a folder made by shards.py, or null") from None
+    if rows.vocab_size > cfg.model.vocab_size:
+        raise ConfigError(f"{key}: {name!r} holds ids up to {rows.vocab_size - 1}, and the model knows {cfg.model.vocab_size}; give "
+                          f"rows of the model's own tokenizer, or null")
+    return rows
 
 
 class Evaluation:
@@ -194,12 +197,10 @@ def flat_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 # ---- the command ---------------------------------------------------------------------------------------------------
 
-def config_for(folder: Path, overrides: list[str]) -> Config:
-    """The config of the run that a step folder belongs to, or the defaults."""
-    for parent in list(folder.resolve().parents)[:2]:
-        if (parent / "training_config.yaml").is_file():
-            return load_config(parent / "training_config.yaml", overrides)
-    return config_from_dict({}, overrides)
+def run_of(folder: Path) -> Path | None:
+    """The run that a step folder belongs to."""
+    run = folder.resolve().parent.parent
+    return run if (run / "training_config.yaml").is_file() else None
 
 
 def main() -> None:
@@ -209,31 +210,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file (default: eval_results/ of the run; none for other folders)")
     args = parser.parse_intermixed_args()
     folder = resolve(args.model)
-    cfg = config_for(folder, ["checkpointing.learning_dynamics=null", *args.overrides])
+    run, words = run_of(folder), ["checkpointing.learning_dynamics=null", *args.overrides]
+    cfg = load_config(run / "training_config.yaml", words) if run else config_from_dict({}, words)
     with dist.session("auto") as device:
         model = load_decoder(folder).to(device)
         cfg.model = model.cfg
         dataset = Path(cfg.data.dataset.name) if Path(cfg.data.dataset.name).exists() else folder
         evaluation = Evaluation(cfg, dataset, device)
         evaluation.tokenizer = load_tokenizer(folder)
-        results = evaluation.run(model, lambda words: dist.print0(words))
+        results = evaluation.run(model, dist.print0)
     if not results:
         raise ConfigError("evaluation.metrics: is empty; give one or more of val, paloma, blimp")
-    out = args.out or default_out(folder)
+    out = args.out or (run and run / cfg.checkpointing.evaluation.eval_results_dir / f"{folder.name}.json")
     if dist.rank() == 0 and out is not None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(out, json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
-            print(f"written to {out}")
-        except OSError as error:
-            print(f"{out} cannot be written ({error.strerror}); give another place with --out")
+        write_results(out, results, beside=args.out is None)
 
 
-def default_out(folder: Path) -> Path | None:
-    run = folder.resolve().parent.parent
-    if not (run / "training_config.yaml").is_file():
-        return None
-    return run / load_config(run / "training_config.yaml").checkpointing.evaluation.eval_results_dir / f"{folder.name}.json"
+def write_results(out: Path, results: dict[str, dict[str, Any]], beside: bool) -> None:
+    """Write a JSON file; with `beside`, other metrics that it holds already stay."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(out.read_text(encoding="utf-8")) if beside and out.is_file() else {}
+        write_json(out, before | results)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out}: cannot be written ({getattr(error, 'strerror', error)}); give another file with --out") from None
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -15,20 +15,21 @@ import dataclasses
 import json
 import pickle
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dist
 import upload
-from checkpoint import CheckpointError, Writer, load_model_state, publish, step_folders, tensor_bytes
+from checkpoint import CheckpointError, Writer, compare_states, load_model_state, publish, step_folders, tensor_bytes
 from config import CheckpointingConfig, ConfigError, ModelConfig, ReLoRAConfig, config_from_dict, load_config
 from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
 from model import PicoDecoder
-from relora import merged_state
+from relora import apply_relora, merged_state
 
 # our name below layers.{i} -> Llama's below model.layers.{i}
 LAYER_NAMES = {
@@ -102,7 +103,6 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
         return Writer(lambda path: path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
 
     def weights(path: Path) -> None:
-        from safetensors.torch import save_file
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in llama_state(state, cfg).items()}
         save_file(tensors, path, metadata={"format": "pt"})
 
@@ -145,61 +145,70 @@ def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     Returns its configuration and its float32 state dict under our names, adapters merged. Raises CheckpointError
     listing what is missing, unexpected or misshapen.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     folder = resolve(path)
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be read as a model folder ({error})") from None
+    found, tensors = read_folder(folder)
     cfg = _our_config(found, folder)
-    expected = {theirs: ours for ours, theirs in llama_names(cfg).items()}
-    _check_names(expected.keys(), tensors.keys(), folder)
+    compare_states(llama_state(parameters_of(cfg), cfg), tensors, folder)
     heads = {"q_proj": cfg.attention_n_heads, "k_proj": cfg.attention_n_kv_heads}
     state = {}
-    for theirs, ours in expected.items():
-        leaf, tensor = ours.split(".")[-2], tensors[theirs]
-        if leaf in heads and tensor.shape[0] == heads[leaf] * (cfg.d_model // cfg.attention_n_heads):
-            tensor = interleaved(tensor, heads[leaf])
-        state[ours] = tensor.float()
-    _check_shapes(state, cfg, folder)
+    for ours, theirs in llama_names(cfg).items():
+        leaf, tensor = ours.split(".")[-2], tensors[theirs].float()
+        state[ours] = interleaved(tensor, heads[leaf]) if leaf in heads else tensor
     return cfg, state
 
 
-def _check_names(expected: Iterable[str], found: Iterable[str], folder: Path) -> None:
-    expected, found = set(expected), set(found)
-    problems = [f"{n} is missing" for n in expected - found] + [f"{n} is unexpected" for n in found - expected]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{folder}: {'; '.join(sorted(problems)[:8])}{more}")
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, {name: tensor}) of a model folder whose weights are safetensors, in one file or several, or one .bin."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        index, old = folder / "model.safetensors.index.json", folder / "pytorch_model.bin"
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            files = ["model.safetensors"]
+        if not index.is_file() and not (folder / files[0]).is_file() and old.is_file():
+            tensors = torch.load(old, map_location="cpu", weights_only=True)
+        else:
+            tensors = {name: tensor for file in files for name, tensor in load_file(folder / Path(file).name).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, RecursionError, SafetensorError,
+            pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{folder}: cannot be read as a model folder ({' '.join(str(error).split())[:200]})") from None
+    if not (isinstance(found, dict) and isinstance(tensors, dict)
+            and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items())):
+        raise CheckpointError(f"{folder}: config.json is no object, or its weights are not tensors by name")
+    return found, tensors
 
 
-def _check_shapes(state: dict[str, Tensor], cfg: ModelConfig, folder: Path) -> None:
+def parameters_of(cfg: ModelConfig) -> dict[str, Tensor]:
+    """The names and shapes of a model's parameters; no numbers."""
     with torch.device("meta"):
-        load_model_state(PicoDecoder(cfg), state, folder, copy=False)
+        model = PicoDecoder(cfg)
+        if cfg.relora is not None:
+            apply_relora(model, cfg.relora)
+    return model.state_dict()
 
 
 def _our_config(found: Any, folder: Path) -> ModelConfig:
     """The configuration that a Llama config.json describes. Raises CheckpointError for what would compute otherwise."""
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{folder}: config.json is not an object")
-    rope = found.get("rope_parameters") or {}
     names = {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "vocab_size": "vocab_size",
              "max_seq_len": "max_position_embeddings", "attention_n_heads": "num_attention_heads",
-             "attention_n_kv_heads": "num_key_value_heads", "activation_hidden_dim": "intermediate_size",
-             "norm_eps": "rms_norm_eps"}
+             "activation_hidden_dim": "intermediate_size"}
+    if str(found.get("model_type")).startswith("pico"):
+        raise CheckpointError(f"{folder}: is a published Pico model; make it one of ours with: python export.py import {folder} OUT")
     try:
+        rope = found.get("rope_parameters") or {}
         tree = {ours: found[theirs] for ours, theirs in names.items()}
+        tree |= {"attention_n_kv_heads": found.get("num_key_value_heads") or found["num_attention_heads"],
+                 "norm_eps": found.get("rms_norm_eps", 1e-6),
+                 "position_emb_theta": found.get("rope_theta") or rope.get("rope_theta", 10000.0)}  # transformers' defaults
         if text := next((key for key, value in tree.items() if isinstance(value, str)), None):
-            raise ConfigError(f"{names[text]} is the text {tree[text]!r}")
-        tree["position_emb_theta"] = found.get("rope_theta") or rope["rope_theta"]
+            raise ConfigError(f"{names.get(text, text)} is the text {tree[text]!r}")
         cfg = config_from_dict({"model": tree}).model
-    except (KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{folder}: config.json is not of a plain Llama ({error})") from None
     needed = llama_config(cfg, None, None, torch.float32)
     same = ("model_type", "hidden_act", "tie_word_embeddings", "head_dim", "attention_bias", "mlp_bias")
-    differing = [f"{key} {found[key]!r} instead of {needed[key]!r}" for key in same if found.get(key, needed[key]) != needed[key]]
+    differing = [f"{key} {found[key]!r} instead of {needed[key]!r}" for key in same if found.get(key) not in (None, needed[key])]
     if found.get("rope_scaling") or rope.get("rope_type", "default") != "default":
         differing.append("scaled rotary positions")
     if differing:
@@ -223,34 +232,30 @@ def load_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     Its tensors are `PREFIX.` + our names; a ReLoRA layer adds `.A_lora.weight`, `.B_lora.weight` and, with trainable
     scaling, `.s`.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    found, tensors = read_folder(folder)
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = folder / "model.safetensors"
-        tensors = load_file(weights) if weights.exists() else torch.load(folder / "pytorch_model.bin", weights_only=True)
+        if not str(found.get("model_type")).startswith("pico"):
+            raise ConfigError(f"model_type {found.get('model_type')!r} is neither llama nor pico_decoder")
+        if missing := {"d_model", "n_layers", "vocab_size"} - found.keys():
+            raise ConfigError(f"{', '.join(sorted(missing))} missing")
+        known = {f.name for f in dataclasses.fields(ReLoRAConfig)}
+        relora = {k: v for k, v in (found.get("relora") or {}).items() if k in known} or None
         fields = {f.name for f in dataclasses.fields(ModelConfig)} - {"relora", "model_type"}
-        relora = {k: v for k, v in (found.get("relora") or {}).items()
-                  if k in {f.name for f in dataclasses.fields(ReLoRAConfig)}}
-        tree = {k: v for k, v in found.items() if k in fields} | {"relora": relora or None}
-        cfg = config_from_dict({"model": tree}).model
-    except (OSError, ValueError, SafetensorError, ConfigError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder}: cannot be read as a published Pico model ({error})") from None
+        cfg = config_from_dict({"model": {k: v for k, v in found.items() if k in fields} | {"relora": relora}}).model
+    except (AttributeError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder}: config.json is not of a published Pico model ({error})") from None
     ours = {}
     for name, tensor in tensors.items():
-        if "embedding_proj" not in name.split(".")[0] and name.split(".")[0] not in ("layers", "output_norm"):
+        if name.split(".")[0] not in ("layers", *TOP_NAMES):
             name = name.split(".", 1)[-1]  # the prefix
         for theirs, leaf in ((".A_lora.weight", ".lora_A"), (".B_lora.weight", ".lora_B"), (".s", ".scaling")):
             name = name.removesuffix(theirs) + leaf if name.endswith(theirs) else name
         ours[name] = tensor.float()
-    state = merged_state(ours, cfg.relora)
-    cfg = dataclasses.replace(cfg, relora=None)
-    _check_names(llama_names(cfg), state, folder)
-    _check_shapes(state, cfg, folder)
-    return cfg, state
+    compare_states(parameters_of(cfg), ours, folder)
+    return dataclasses.replace(cfg, relora=None), merged_state(ours, cfg.relora)
 
 
-def import_model(source: str, out: Path, revision: str | None) -> None:
+def import_model(source: str, out: Path, revision: str | None, tokenizer: Path | None) -> None:
     """A published Pico model or a Llama folder, from disk or the Hub, as a model folder of ours."""
     folder = Path(source)
     if not folder.exists():
@@ -261,12 +266,12 @@ def import_model(source: str, out: Path, revision: str | None) -> None:
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise CheckpointError(f"{source}: neither a folder nor to be had from the Hub "
                                   f"({str(error).splitlines()[0]})") from None
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: has no readable config.json ({error})") from None
-    cfg, state = load_plain(folder) if kind == "llama" else load_published(folder)
-    publish(out, writers(state, cfg, folder))
+    found, _ = read_folder(folder)
+    cfg, state = load_plain(folder) if found.get("model_type") == "llama" else load_published(folder)
+    words = folder if tokenizer is None else tokenizer if tokenizer.is_dir() else tokenizer.parent
+    if cfg.vocab_size > ByteTokenizer.vocab_size and not (words / "tokenizer.json").is_file():
+        raise CheckpointError(f"{words}: has no tokenizer.json for {cfg.vocab_size:,} ids; name one with --tokenizer")
+    publish(out, writers(state, cfg, words))
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -276,17 +281,19 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     hf = commands.add_parser("hf", help="write a plain Llama folder")
     hf.add_argument("checkpoint", help="a run (its newest step), a step folder, or a model folder")
-    hf.add_argument("out", type=Path)
+    hf.add_argument("out", type=Path, help="the folder to make")
     hf.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     imported = commands.add_parser("import", help="read a published Pico model or a Llama folder")
     imported.add_argument("source", help="a folder, or owner/name on the Hub")
-    imported.add_argument("out", type=Path)
+    imported.add_argument("out", type=Path, help="the folder to make")
     imported.add_argument("--revision", help="a commit or branch on the Hub")
+    imported.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or its folder, where the source has none")
     uploaded = commands.add_parser("upload", help="send to the Hub what a run has not sent yet")
-    uploaded.add_argument("run", type=Path)
+    uploaded.add_argument("run", type=Path, help="a run folder trained with checkpointing.hf_checkpoint.repo_id")
     args = parser.parse_args()
     if args.command == "upload":
-        return upload.upload_run(args.run)
+        upload.upload_run(args.run)
+        return
     if args.out.exists():
         raise CheckpointError(f"{args.out}: is already there; choose another folder, or delete it first")
     if args.command == "hf":
@@ -294,9 +301,8 @@ def main() -> None:
         cfg, state = load_plain(folder)
         publish(args.out, writers(state, cfg, folder, getattr(torch, args.dtype)))
     else:
-        import_model(args.source, args.out, args.revision)
+        import_model(args.source, args.out, args.revision, args.tokenizer)
     print(f"written to {args.out}")
-    return None
 
 
 if __name__ == "__main__":

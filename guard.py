@@ -7,11 +7,9 @@ Stopped on every rank together, so that the training loop can still write a chec
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import threading
@@ -23,22 +21,13 @@ from types import FrameType
 import torch
 
 import dist
-from config import Config, ConfigError, UserError, flat, to_dict
+from config import Config, ConfigError, flat, to_dict
 
 REQUEUE = 75  # "try again later" in BSD's sysexits; torchrun makes it 1, exit.json keeps it
 HEARTBEAT_SECONDS = 10.0  # between the lock's signs of life
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Ending(UserError):
-    """The end of training on all ranks together, between two updates: what there is can be saved."""
-
-    def __init__(self, words: str, exit_code: int):
-        super().__init__(words)
-        self.exit_code = exit_code
-
-
-class Stopped(Ending):
+class Stopped(dist.Ending):
     """Told to stop by a signal; the same command goes on from the checkpoint."""
 
     def __init__(self, number: int, when: str = ""):
@@ -67,7 +56,7 @@ def catching_signals() -> Iterator[None]:
 
 
 def defer_signals() -> None:
-    """From here on there is something to lose."""
+    """From now on signals wait for the next stop_point, since there is something to lose."""
     global _deferred
     _deferred = True
 
@@ -76,8 +65,8 @@ def _note(number: int, frame: FrameType | None) -> None:
     global _caught
     if number == signal.SIGINT == _caught:
         raise KeyboardInterrupt
-    _caught = number
-    if not _deferred:
+    first, _caught = not _caught, number
+    if first and not _deferred:
         raise Stopped(number, " before the first update")
 
 
@@ -189,44 +178,6 @@ def _birth(pid: int) -> str:
     except OSError:
         pass
     return "alive"
-
-
-# ---- room on the disk --------------------------------------------------------------------------------------------
-
-class NoRoom(UserError):
-    """A disk that is full; says how much is needed."""
-    exit_code = 1
-
-
-def need_room(path: Path, size: int, what: str) -> None:
-    """Raise NoRoom unless `size` bytes, and a little, fit on the disk of `path`."""
-    folder = next(p for p in (path, *path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
-    if free < size + (1 << 16):
-        raise NoRoom(f"{what} needs {size / 1e6:,.1f} MB, but {folder} has {free / 1e6:,.1f} MB free; make room")
-
-
-def full_disk(error: Exception, path: Path, size: int) -> str:
-    """The words of an error in writing `size` bytes to `path`; torch hides a full disk behind words of its own."""
-    if isinstance(error, OSError) and error.errno not in NO_ROOM or isinstance(error, UserError):
-        return str(error)
-    try:
-        need_room(path, size, "it")
-    except NoRoom as why:
-        return str(why)
-    return " ".join(str(error).split())[:200]
-
-
-def reserve(path: Path, what: str) -> None:
-    """Give an existing, sparse file all of its blocks: writing to a memory map of a full disk kills the process."""
-    size = path.stat().st_size
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                if error.errno in NO_ROOM:
-                    raise NoRoom(f"{what} needs {size / 1e6:,.1f} MB, more than {path.parent} has left; make room") from None
 
 
 # ---- equal ranks -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import kernels
 from config import ConfigError, ModelConfig
-from kernels import IGNORE, causal_attention, cross_entropy, token_losses  # noqa: F401 (IGNORE is for importers)
+from kernels import causal_attention, cross_entropy, token_losses
 
 
 class RMSNorm(nn.Module):

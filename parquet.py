@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import guard
 from data import DataError, token_dtype
+from files import need_room, reserve
 
 
 class Converted(NamedTuple):
@@ -46,9 +46,9 @@ def convert_parquet(path: Path, target: Path, vocab_size: int) -> Converted:
                     if row_length < 2:
                         raise DataError(f"{path}: row 0 has {row_length} ids; a row holds an input and its label at least")
                     dtype = token_dtype(vocab_size)
-                    guard.need_room(target, total * row_length * dtype.itemsize, str(path))
+                    need_room(target, total * row_length * dtype.itemsize, str(path))
                     out = np.lib.format.open_memmap(target, "w+", dtype, (total, row_length))
-                    guard.reserve(target, str(path))
+                    reserve(target, str(path))
                 if (wrong := lengths != row_length).any():
                     bad = int(np.argmax(wrong))
                     raise DataError(f"{path}: row {done + bad} has {lengths[bad]} ids, the first has {row_length}")

@@ -53,6 +53,7 @@ class ReLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(cfg.r, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, cfg.r, device=device))
         self.register_parameter("scaling", nn.Parameter(torch.ones(1, device=device)) if cfg.trainable_scaling else None)
+        self.masters: list[Tensor] | None = None  # of the fault undone_reset: what comes back at the next update
         if not (cfg.has_initial_weights and "dead_adapters" in cfg.reference_faults):
             self.reinitialise(seed, step=0)
         if not cfg.has_initial_weights:  # with W = 0 and B = 0 every gradient would be 0: an exact saddle
@@ -74,6 +75,15 @@ class ReLoRALinear(nn.Module):
     def update(self) -> Tensor:
         """s B A (out, in) as forward applies it, sharded like W under FSDP2."""
         return (self.lora_B @ dist.replicated(self.lora_A)) * self.scale
+
+    def restart(self, seed: int, step: int) -> None:
+        """`reinitialise`, or with the fault undone_reset only for the gradient of the next update: see undo_reset."""
+        if "undone_reset" in self.cfg.reference_faults:
+            self.masters = [p.detach().clone() for p in self.adapters()]
+        self.reinitialise(seed, step)
+
+    def adapters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.named_parameters() if name in ADAPTER_NAMES]
 
     @torch.no_grad()
     def reinitialise(self, seed: int, step: int) -> None:
@@ -136,9 +146,29 @@ def merge_and_reinit(model: nn.Module, *, seed: int, step: int) -> float:
             update = update / layer.scale
         layer.weight.add_(update)
         total += dist.full(update.square().sum()).item()
-        if "undone_reset" not in layer.cfg.reference_faults:
-            layer.reinitialise(seed, step)
+        layer.restart(seed, step)
     return math.sqrt(total)
+
+
+def repeat_reset(model: nn.Module, seed: int, step: int) -> None:
+    """After a resume between a merge and its update: what `undo_reset` has yet to undo."""
+    for layer in relora_layers(model).values():
+        if "undone_reset" in layer.cfg.reference_faults:
+            layer.restart(seed, step)
+
+
+@torch.no_grad()
+def undo_reset(model: nn.Module) -> None:
+    """The reference's third fault (under ZeRO-2 with bf16): call it before the update that follows a merge.
+
+    Its fresh factors were copies. The gradient was taken at them, but the update was applied to the old float32 masters,
+    which then overwrote the copies.
+    """
+    for layer in relora_layers(model).values():
+        if layer.masters is not None:
+            for parameter, master in zip(layer.adapters(), layer.masters):
+                parameter.copy_(master)
+            layer.masters = None
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -26,8 +25,9 @@ from tqdm import tqdm
 
 import dist
 import guard
-from checkpoint import write_text
+from checkpoint import set_aside
 from config import Config, UserError, to_dict
+from files import finite, write_json, write_text
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -50,15 +50,6 @@ def run_folder(cfg: Config) -> Path:
 
 def _launcher() -> str:
     return f"{os.uname().nodename if hasattr(os, 'uname') else os.environ.get('COMPUTERNAME')}:{os.getppid()}"
-
-
-def finite(value: Any) -> Any:
-    """`value` fit for strict JSON: numbers that are not finite become null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunFolder:
@@ -84,7 +75,7 @@ class RunFolder:
             yield
         except BaseException as error:
             code = getattr(error, "exit_code", 1)
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, (UserError, dist.Ending)) else f"{type(error).__name__}: {error}"
             raise
         finally:
             self._close(code, reason)
@@ -115,6 +106,8 @@ class RunFolder:
     def _append(self, path: Path, line: str) -> None:
         """Add a line to a file; what a full disk does not take is kept, and added when there is room again."""
         lines = self._waiting.pop(path, "") + line
+        if not lines:
+            return
         size = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -123,7 +116,7 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)  # no half line
             self._waiting[path] = lines
-            if lines == line:  # the first of them
+            if line and lines == line:  # the first of them
                 tqdm.write(f"warning: {path} cannot be written ({error.strerror}); its lines wait in memory for room")
 
     # ---- metrics ---------------------------------------------------------------------------------------
@@ -134,7 +127,13 @@ class RunFolder:
 
     def metrics_size(self) -> int:
         """Bytes of metrics.jsonl so far: what a checkpoint keeps, so that a resume can drop what came after."""
+        self._append(self.metrics_path, "")  # what waits for room belongs to this step too
         return self.metrics_path.stat().st_size if self.writes and self.metrics_path.exists() else 0
+
+    def set_metrics_aside(self) -> None:
+        """Keep the record of a run none of whose checkpoints can be used."""
+        if self.writes and self.metrics_path.exists():
+            self.say(f"its record so far is kept as {set_aside(self.metrics_path).name}", "WARNING")
 
     def rewind_metrics(self, size: int) -> None:
         """Drop the lines that were written after a checkpoint, half-written ones included."""
@@ -158,7 +157,7 @@ class RunFolder:
             path = self.path / self.cfg.checkpointing.evaluation.eval_results_dir / f"step_{step}.json"
             try:
                 path.parent.mkdir(exist_ok=True)
-                write_text(path, json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+                write_json(path, results)
             except OSError as error:
                 self.say(f"{path} cannot be written ({error.strerror}); its numbers are in metrics.jsonl", "WARNING")
 
@@ -193,8 +192,10 @@ class RunFolder:
             self._bar.close()
         if not self._lock.held:
             return
+        for path in list(self._waiting):
+            self._append(path, "")
         try:
-            write_text(self.path / "exit.json", json.dumps({"code": code, "reason": reason, "step": self.step}) + "\n")
+            write_json(self.path / "exit.json", {"code": code, "reason": reason, "step": self.step})
         except OSError as error:
             self.say(f"exit.json cannot be written ({error.strerror})", "WARNING")
         self._lock.release()

@@ -1,4 +1,4 @@
-"""Generate text with a trained model: a run (its newest step), a checkpoint's step folder, or any Llama folder of ours.
+"""Generate text with a trained model: a run (its newest step), a checkpoint's step folder, or any Llama folder.
 
     python sample.py runs/demo --prompt "def " --tokens 200
     python sample.py runs/demo --prompt "import " --prompt "class " --temperature 0
@@ -29,6 +29,7 @@ def stream_text(model, tokenizer, prompt: str, new_tokens: int, temperature: flo
         whole = text.rstrip("\ufffd")  # the last character may still miss bytes
         yield whole[len(shown):]
         shown = whole if whole.startswith(shown) else shown
+    yield tokenizer.decode(new)[len(shown):]  # bytes that never became a character
 
 
 def batch_of_texts(model, tokenizer, prompt: str, count: int, new_tokens: int, temperature: float, top_k: int | None,
@@ -60,13 +61,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=200, help="new tokens at most (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest only (default: 50)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; the same seed gives the same text (default: 0)")
     parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt, drawn as one batch (default: 1)")
     args = parser.parse_args()
-    for name, value, least in (("tokens", args.tokens, 1), ("top-k", args.top_k, 1), ("samples", args.samples, 1),
-                               ("temperature", args.temperature, 0), ("seed", args.seed, 0)):
-        if not value >= least:
-            raise UserError(f"--{name}: {value} must be at least {least}")
+    for name, value, least, most in (("tokens", args.tokens, 1, 2 ** 24), ("top-k", args.top_k, 1, 2 ** 31),
+                                     ("samples", args.samples, 1, 2 ** 20), ("seed", args.seed, 0, 2 ** 63 - 1)):
+        if not least <= value <= most:
+            raise UserError(f"--{name}: {value} must be from {least} to {most}")
+    if not (args.temperature == 0 or 1e-3 <= args.temperature <= 1e3):
+        raise UserError(f"--temperature: {args.temperature} must be 0 or from 0.001 to 1000")
+    for prompt in args.prompt or ():
+        prompt.encode("utf-8")  # raises UnicodeEncodeError for what is no text
     return args
 
 
@@ -82,6 +87,7 @@ def main() -> None:
             for number, text in enumerate(batch_of_texts(model, tokenizer, prompt, args.samples, *how), 1):
                 print(f"{head}, {number} of {args.samples}\n{prompt}{text}")
             continue
+        prepare(model, tokenizer, prompt, args.tokens, device)  # what is wrong with the prompt is told before it is shown
         print(f"{head}\n{prompt}", end="", flush=True)
         for piece in stream_text(model, tokenizer, prompt, *how):
             print(piece, end="", flush=True)

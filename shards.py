@@ -24,11 +24,12 @@ import numpy as np
 from tqdm import tqdm
 
 import dist
-import guard
+import hub
 import stream
 from config import DatasetConfig
-from data import (INDEX, ByteTokenizer, DataError, TokenDataset, Tokenizer, load_tokenizer, read_index, sha256,
-                  token_dtype)
+from data import (INDEX, ByteTokenizer, DataError, TokenDataset, Tokenizer, load_tokenizer, read_index, shard_entry,
+                  token_dtype, write_index)
+from files import need_room
 from parquet import convert_parquet
 
 SHARD_ROWS = 20_480  # rows of a shard, as in the pretokenized Dolma
@@ -40,25 +41,13 @@ SHUFFLE_SEED = 0  # of the rows of a made dataset; the training order is then th
 def write_shards(folder: Path, rows: np.ndarray, vocab_size: int, source: str, **extra: Any) -> None:
     """Write rows (N, row_length) as one split's folder of shards with its index."""
     folder.mkdir(parents=True)
-    guard.need_room(folder, rows.size * token_dtype(vocab_size).itemsize, str(folder))
+    need_room(folder, rows.size * token_dtype(vocab_size).itemsize, str(folder))
     shards = []
     for start in range(0, len(rows), SHARD_ROWS):
         path = folder / f"shard-{len(shards):05d}.npy"
         np.save(path, rows[start:start + SHARD_ROWS].astype(token_dtype(vocab_size)))
         shards.append(shard_entry(path, len(rows[start:start + SHARD_ROWS])))
     write_index(folder, shards, rows.shape[1], vocab_size, source, **extra)
-
-
-def shard_entry(path: Path, rows: int, sources: list[str] | None = None) -> dict[str, Any]:
-    """A shard's line in the index; `sources` names where each row is from, if that is known."""
-    return {"file": path.name, "rows": rows, "sha256": sha256(path)} | ({"sources": sources} if sources else {})
-
-
-def write_index(folder: Path, shards: list[dict], row_length: int, vocab_size: int, source: str,
-                revision: str | None = None, **extra: Any) -> None:
-    index = {"row_length": row_length, "dtype": token_dtype(vocab_size).name, "vocab_size": vocab_size,
-             "source": source, "revision": revision, **extra, "shards": shards}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def pack(documents: Iterable[list[int]], row_length: int, eos: int | None, vocab_size: int) -> np.ndarray:
@@ -167,45 +156,6 @@ def make_parquet(out: Path, files: list[Path], vocab_size: int) -> None:
         write_index(out / split, entries, row_lengths[split], vocab_size, ", ".join(sorted({f.parent.name for f in files})))
 
 
-# ---- the Hub -------------------------------------------------------------------------------------------------
-
-def download(source: stream.Source, numbers: range, out: Path, cfg: DatasetConfig, vocab_size: int) -> None:
-    """Fetch shards `numbers` of a Hub dataset into the folder of its split, out/SPLIT, which appears when complete."""
-    staged = out / f".staging-{source.split}{dist.node_suffix()}"
-    staged.mkdir(parents=True, exist_ok=True)
-    entries, lengths = [], set()
-    try:
-        for number in tqdm(numbers, desc=f"fetching {source.name}", unit=" shards", disable=None):
-            path = staged / f"shard-{len(entries):05d}.npy"
-            made = stream.fetch(source, number, path, vocab_size, cfg.patience_minutes)
-            lengths.add(made.row_length)
-            entries.append(shard_entry(path, made.rows, made.sources))
-        if len(lengths) > 1:
-            raise DataError(f"{source.name}: its files have rows of different lengths, {sorted(lengths)}")
-        write_index(staged, entries, lengths.pop(), vocab_size, source.name, source.revision, first_shard=numbers.start)
-        try:
-            os.rename(staged, out / source.split)
-        except OSError:  # another machine, on the same disk, was faster
-            if not (out / source.split / INDEX).exists():
-                raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def local_or_hub(name: str, split: str, cfg: DatasetConfig, vocab_size: int) -> Path:
-    """The folder of a dataset that is small enough to have whole: `name` itself, or the copy of it from the Hub.
-
-    Every rank must call it. Raises UserError.
-    """
-    if stream.is_local(name):
-        return Path(name)
-    source = stream.find(name, split, cfg)
-    folder = Path(cfg.cache_dir) / name.replace("/", "--") / source.revision
-    dist.on_each_node(lambda: None if (folder / split / INDEX).exists() else
-                      download(source, range(len(source.files)), folder, cfg, vocab_size))
-    return folder
-
-
 def verify(folder: Path) -> int:
     """Check every shard below `folder` against its index, checksums and ids included; returns the rows read."""
     splits = [path.parent for path in sorted(folder.glob(f"**/{INDEX}"))]
@@ -225,14 +175,20 @@ def verify(folder: Path) -> int:
 
 def show(args: argparse.Namespace) -> None:
     """Print the rows of one update, decoded: all of them, or one rank's micro-batches."""
+    for name, value, least in (("batch-size", args.batch_size, 1), ("world", args.world, 1), ("step", args.step, 0),
+                               ("width", args.width, 1), ("micro-batch-size", args.micro_batch_size or 1, 1)):
+        if value < least:
+            raise DataError(f"--{name}: {value} must be at least {least}")
+    if args.rank is not None and not 0 <= args.rank < args.world:
+        raise DataError(f"--rank: {args.rank} is none of {args.world} ranks; give --world too")
     cfg = DatasetConfig(name=args.dataset, prefetch_shards=0, revision=args.revision)
     if Path(args.dataset).exists():
         dataset = TokenDataset(args.dataset)
     else:
-        dataset = stream.StreamedDataset(stream.find(args.dataset, "train", cfg), cfg, args.vocab_size or 50304,
+        dataset = stream.StreamedDataset(hub.find(args.dataset, "train", cfg), cfg, args.vocab_size or 50304,
                                          args.batch_size)
         dataset.advance(args.step)
-    micro = args.micro_batch_size or args.batch_size // args.world
+    micro = args.micro_batch_size or max(1, args.batch_size // args.world)
     if args.batch_size % (micro * args.world):
         raise DataError(f"--micro-batch-size: {micro} rows x {args.world} ranks do not divide {args.batch_size}")
     rows = dataset.batch(args.step, args.batch_size)
@@ -257,8 +213,8 @@ def parse() -> argparse.Namespace:
     for made in (stdlib, text, parquet):
         made.add_argument("--out", type=Path, required=True, help="the dataset's folder, such as data/NAME")
     for reader in (text, parquet):
-        reader.add_argument("files", type=Path, nargs="+")
-        reader.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use and keep; none: bytes")
+        reader.add_argument("files", type=Path, nargs="+", help="in the order of the rows")
+        reader.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or its folder, to use and keep; none: bytes")
         reader.add_argument("--vocab-size", type=int, help="the model's (default: 50304 for parquet, else the tokenizer's)")
     for packed, length in ((stdlib, 129), (text, 2049)):
         packed.add_argument("--row-length", type=int, default=length,
@@ -267,7 +223,7 @@ def parse() -> argparse.Namespace:
     fetched = commands.add_parser("download", help="shards of a Hub dataset into a folder of your own")
     fetched.add_argument("name", help="owner/name on the Hub")
     fetched.add_argument("--shards", default="0:1", help="first:end, such as 0:8 (default: 0:1)")
-    fetched.add_argument("--split", default="train")
+    fetched.add_argument("--split", default="train", help="of the files SPLIT-NNNNN-of-NNNNN.parquet (default: train)")
     fetched.add_argument("--out", type=Path, required=True)
     fetched.add_argument("--tokenizer", default="allenai/OLMo-7B-0724-hf", help="a folder or Hub model with tokenizer.json")
     shown = commands.add_parser("show", help="the rows that an update trains on, decoded")
@@ -291,6 +247,8 @@ def make(args: argparse.Namespace) -> None:
         raise DataError(f"{args.out}: is already there; choose another --out, or delete it first")
     if getattr(args, "row_length", 2) < 2:
         raise DataError(f"--row-length: {args.row_length} is too short; a row holds at least one input and its label")
+    if not 0 < (getattr(args, "vocab_size", None) or 1) < 2 ** 31:
+        raise DataError(f"--vocab-size: {args.vocab_size} is not from 1 to {2 ** 31 - 1}")
     if not 0 <= getattr(args, "val_share", 0) < 1:
         raise DataError(f"--val-share: {args.val_share} is not a share from 0 up to, but not including, 1")
     staged = args.out.with_name(f".staging-{args.out.name}")
@@ -298,9 +256,10 @@ def make(args: argparse.Namespace) -> None:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         if getattr(args, "tokenizer", None) is not None:
-            if not args.tokenizer.is_file():
-                raise DataError(f"{args.tokenizer}: no such tokenizer.json")
-            shutil.copy(args.tokenizer, staged / "tokenizer.json")
+            given = args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer
+            if not given.is_file():
+                raise DataError(f"{given}: no such tokenizer.json")
+            shutil.copy(given, staged / "tokenizer.json")
         tokenizer = load_tokenizer(staged)
         if args.command == "text" and (args.vocab_size or tokenizer.vocab_size) < tokenizer.vocab_size:
             raise DataError(f"--vocab-size: {args.vocab_size} is below the tokenizer's {tokenizer.vocab_size}")
@@ -320,14 +279,14 @@ def make(args: argparse.Namespace) -> None:
 
 def fetch_dataset(args: argparse.Namespace) -> None:
     cfg = DatasetConfig(name=args.name, revision=args.revision)
-    source = stream.find(args.name, args.split, cfg)
+    source = hub.find(args.name, args.split, cfg)
     first, _, end = args.shards.partition(":")
     if not (first.isdigit() and end.isdigit() and int(first) < int(end) <= len(source.files)):
         raise DataError(f"--shards: {args.shards!r} is not first:end within 0:{len(source.files)}")
     if (args.out / args.split).exists():
         raise DataError(f"{args.out / args.split}: is already there; choose another --out, or delete it first")
-    download(source, range(int(first), int(end)), args.out, cfg, args.vocab_size or 50304)
-    stream.fetch_tokenizer(args.tokenizer, args.out)
+    hub.download(source, range(int(first), int(end)), args.out, cfg, args.vocab_size or 50304)
+    hub.fetch_tokenizer(args.tokenizer, args.out)
 
 
 def made_with(folder: Path) -> int | None:

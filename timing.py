@@ -22,10 +22,11 @@ import evaluate
 import export
 import kernels
 import train
-from data import BatchLoader, TokenDataset
+from data import BatchLoader, TokenDataset, shard_entry, write_index
 from parquet import convert_parquet
 from relora import merge_and_reinit, merged_state, reset_optimizer
-from shards import shard_entry, write_index, write_shards
+from shards import write_shards
+from trainer import Trainer
 
 
 def peak_memory() -> int:
@@ -44,7 +45,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def our_step(t: train.Trainer, rows: torch.Tensor) -> Callable[[], None]:
+def our_step(t: Trainer, rows: torch.Tensor) -> Callable[[], None]:
     """One update of ours."""
     def step() -> None:
         train.set_learning_rate(t)
@@ -52,12 +53,12 @@ def our_step(t: train.Trainer, rows: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def merge(t: train.Trainer) -> None:
+def merge(t: Trainer) -> None:
     merge_and_reinit(t.model, seed=0, step=t.step)
     reset_optimizer(t.optimizers, t.model, seed=0, step=t.step)
 
 
-def breakdown(t: train.Trainer, rows: torch.Tensor) -> dict[str, float]:
+def breakdown(t: Trainer, rows: torch.Tensor) -> dict[str, float]:
     """Seconds of the parts of a step, medians of 5, and of what is due now and then."""
     parts: dict[str, list[float]] = {"data_wait": [], "forward_backward": [], "optimizer": []}
     loss = torch.zeros(())
@@ -78,7 +79,7 @@ def breakdown(t: train.Trainer, rows: torch.Tensor) -> dict[str, float]:
         return found | checkpoint_costs(t, rows, Path(folder))
 
 
-def checkpoint_costs(t: train.Trainer, rows: torch.Tensor, folder: Path) -> dict[str, float]:
+def checkpoint_costs(t: Trainer, rows: torch.Tensor, folder: Path) -> dict[str, float]:
     """Seconds that a checkpoint takes when it is waited for, and when training goes on: standing still, and run slower."""
     step = our_step(t, rows)
     usual = statistics.median(seconds(step, t.device) for _ in range(3))
@@ -127,7 +128,7 @@ def sdpa_of(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
         return kernels.causal_attention(q, k, v, fast=False)
 
 
-def recompilations(t: train.Trainer, rows: torch.Tensor) -> dict[str, int]:
+def recompilations(t: Trainer, rows: torch.Tensor) -> dict[str, int]:
     """Graphs that torch.compile makes in the first step, and in 9 more with 3 merges and evaluations among them."""
     step, stats = our_step(t, rows), torch._dynamo.utils.counters["stats"]
 

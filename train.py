@@ -12,30 +12,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-import config
 import dist
 import dynamics
 import evaluate
 import export
 import guard
-import stream
-import upload
-from config import Config, UserError, load_config
-from data import BatchLoader, DataError, TokenDataset
-from model import PicoDecoder
-from relora import (apply_relora, derive_seed, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state,
-                    relora_layers, reset_optimizer)
-from run import Progress, RunFolder, run_folder
-from wrap import eagerly, gradient_sync, make_optimizers, parallelize, reshard, wrapping
+from config import Config, UserError, check_strategy, load_config, to_dict
+from data import BatchLoader, DataError, to_device
+from relora import (derive_seed, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state, relora_layers,
+                    reset_optimizer, undo_reset)
+from run import RunFolder, run_folder
+from trainer import Trainer, build, setup
+from wrap import eagerly, gradient_sync, reshard
 
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # dense bf16, by a part of the GPU's name
 MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
@@ -48,40 +43,22 @@ class TrainingError(UserError):
     exit_code = 1
 
 
-@dataclass
-class Trainer:
-    """All that a run needs. `model` is the bare decoder; `wrapped` is what trains, under DDP or FSDP2."""
-    cfg: Config
-    device: torch.device
-    precision: str
-    folder: RunFolder
-    dataset: TokenDataset
-    evaluation: evaluate.Evaluation
-    saver: checkpoint.Saver
-    uploader: upload.Uploader | None
-    progress: Progress
-    step: int = 0
-    saved: int | None = None  # the step of the newest checkpoint
-    model: PicoDecoder | None = None
-    wrapped: nn.Module | None = None
-    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
-
-
 # ---- the loop ------------------------------------------------------------------------------------------------
 
 def train(cfg: Config, device: torch.device) -> None:
     micro, accumulation = cfg.micro_batches(dist.world_size())
+    check_strategy(cfg, dist.world_size())
     folder = RunFolder(cfg, run_folder(cfg))
     guard.same_everywhere(cfg)
     with guard.catching_signals(), folder.in_use():
         t = setup(cfg, device, folder)
         with (dist.watched(cfg.training.hang_timeout_minutes),
               BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches,
-              contextlib.closing(t.dataset)):  # first of all, or the loader could not stop waiting for data
+              contextlib.closing(t.dataset)):  # closed first, so that a waiting loader can stop
             guard.defer_signals()
             try:
                 loop(t, batches)
-            except guard.Ending:
+            except dist.Ending:
                 keep(t)
                 raise
         if t.uploader is not None:
@@ -91,7 +68,7 @@ def train(cfg: Config, device: torch.device) -> None:
 def loop(t: Trainer, batches: BatchLoader) -> None:
     """Evaluate, snapshot and save; merge; learning rate; accumulate and step; log; until the last step.
 
-    Raises guard.Ending, on all ranks together, when training must end early.
+    Raises dist.Ending, on all ranks together, when training must end early.
     """
     cfg = t.cfg
     t.folder.start_bar(t.step, cfg.last_step)
@@ -139,9 +116,9 @@ def end_together(t: Trainer, problem: UserError | None = None, waiting: bool = F
     """A vote, which every rank must hold: raises Ending if any rank has a reason; whether any rank is `waiting`."""
     problem = problem or t.saver.error
     ended, caught, anyone_waits = dist.largest(problem is not None, guard.stop_signal(), waiting)
-    if ended:  # every rank raises, and rank 0 tells, what the first of them met
+    if ended:  # every rank raises the first error met
         mine = problem and (str(problem), 2 if isinstance(problem, DataError) else 1)
-        raise guard.Ending(*next(theirs for theirs in dist.gather(mine) if theirs))
+        raise dist.Ending(*next(theirs for theirs in dist.gather(mine) if theirs))
     guard.stop_point(caught)
     return anyone_waits
 
@@ -174,6 +151,8 @@ def update(t: Trainer, loss: Tensor) -> None:
     if t.cfg.training.grad_clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, t.cfg.training.grad_clip, grad_norm)
     bad = 1 - (loss.isfinite() & grad_norm.isfinite()).float()  # the same on every rank, and still on the device
+    if t.progress.merged_at == t.step:
+        undo_reset(t.model)  # a fault of the reference; nothing where it is not asked for
     for optimizer in t.optimizers:
         if optimizer.defaults.get("fused"):  # fused optimizers read the flag on the device
             optimizer.grad_scale, optimizer.found_inf = None, bad
@@ -229,7 +208,8 @@ def merge(t: Trainer) -> None:
     zeroed = reset_optimizer(t.optimizers, t.model, seed=seed, step=t.step)
     after, loss_after = probe(t)
     change = ((after - before).abs().max() / before.abs().max()).item()
-    t.progress.reset_count, t.progress.merged_at = t.progress.reset_count + 1, t.step
+    t.progress.reset_count += 1
+    t.progress.merged_at = t.step
     metrics = {"step": t.step, "relora/reset_count": t.progress.reset_count, "relora/opt_zeroed": zeroed,
                "relora/loss_before": loss_before, "relora/loss_after": loss_after, "relora/logit_change": change,
                "relora/update_norm": norm}
@@ -250,7 +230,7 @@ def merge(t: Trainer) -> None:
 def probe(t: Trainer) -> tuple[Tensor, float]:
     """(logits, mean loss) on the start of the next row; eval mode, float32."""
     rows = t.dataset.rows(t.step * t.cfg.data.dataloader.batch_size, 1)[:, :PROBE_TOKENS + 1]
-    ids = torch.from_numpy(rows.astype(np.int64)).to(t.device)
+    ids = to_device(rows, t.device)
     t.model.eval()
     with eagerly(t.model):
         logits = t.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
@@ -294,9 +274,9 @@ def save(t: Trainer, whole: bool = True) -> None:
         if whole and c.learning_dynamics is not None and c.learning_dynamics.optimizer_states:
             moments = dynamics.optimizer_states(state["optimizer"], c.learning_dynamics.layer_suffixes)
             files[f"{c.learning_dynamics_dir}/train_optimizer.pt"] = checkpoint.torch_writer(moments)
-        state |= {"step": t.step, "whole": whole, "config": config.to_dict(t.cfg), "progress": t.progress.state(),
+        state |= {"step": t.step, "whole": whole, "config": to_dict(t.cfg), "progress": t.progress.state(),
                   "data": t.dataset.state | {"next_row": t.step * t.cfg.data.dataloader.batch_size},
-                  "random": {"seed": t.cfg.training.seed},  # with the step, all that randomness follows from
+                  "random": {"seed": t.cfg.training.seed},  # from which, with the step, all randomness follows
                   "metrics_bytes": t.folder.metrics_size()}
         files[f"{c.fabric_checkpoint_dir}/{c.fabric_checkpoint_filename}"] = checkpoint.torch_writer(state)
         files |= export.writers(merged_state(state["model"], t.cfg.model.relora), t.cfg.model, t.dataset.folder.parent)
@@ -308,89 +288,13 @@ def keep(t: Trainer) -> None:
     for optimizer in t.optimizers:
         optimizer.zero_grad(set_to_none=True)
     reshard(t.model)
+    undo_reset(t.model)  # as the update that is dropped would have done
     t.saver.wait()
     if dist.largest(t.step != t.saved or t.saver.error is not None)[0]:  # only rank 0 writes, and knows of errors
         t.folder.say(f"writing a checkpoint of step {t.step}")
         save(t, whole=False)
         t.saver.wait()
     dist.barrier()  # when one rank has ended, torchrun gives the others 30 s
-
-
-# ---- setting up ----------------------------------------------------------------------------------------------
-
-def setup(cfg: Config, device: torch.device, folder: RunFolder) -> Trainer:
-    """Open data, run folder and evaluation; resume, or start. Raises UserError before anything is trained."""
-    check_names(cfg)
-    state, notes = checkpoint.resume(folder.path / cfg.checkpointing.checkpoints_dir, cfg)
-    dataset = stream.open_dataset(cfg, state["step"] if state else 0, state["data"] if state else None)
-    evaluation = evaluate.Evaluation(cfg, dataset.folder.parent, device)
-    weights = export.load_plain(cfg.training.start_from)[1] if cfg.training.start_from and state is None else None
-    folder.open()
-    precision = cfg.training.fabric.precision
-    if device.type == "cpu" and precision != "32-true":
-        folder.say(f"precision {precision} is slow on a CPU: training in 32-true")
-        precision = "32-true"
-    uploader = None
-    if cfg.checkpointing.save_to_hf and dist.rank() == 0:
-        uploader = upload.Uploader(folder.path, cfg.checkpointing, folder.say)
-    saver = checkpoint.Saver(cfg.checkpointing, folder.path, folder.say, uploader.kick if uploader else lambda: None)
-    t = Trainer(cfg, device, precision, folder, dataset, evaluation, saver, uploader, Progress(device))
-    for words in notes + config.warnings(cfg, dist.world_size(), device.type):
-        folder.say(words, "WARNING")
-    if state is None:
-        build(t, adapters=cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0, weights=weights)
-        folder.rewind_metrics(0)  # of a run that ended before its first checkpoint
-        describe(t)
-    else:
-        adapters = any(name.endswith("lora_A") for name in state["model"])
-        build(t, adapters, weights=state["model"], optimizer_state=state["optimizer"])
-        t.step = state["step"]
-        t.saved = t.step if state.get("whole", True) else None  # its evaluation and snapshots may be due still
-        t.progress.load(state["progress"])
-        folder.rewind_metrics(state["metrics_bytes"])
-        describe(t)
-        folder.say(f"resumed at step {t.step}")
-    folder.start_wandb()
-    if uploader is not None:
-        uploader.start()
-    return t
-
-
-def check_names(cfg: Config) -> None:
-    """Raise ConfigError where an option names layers that the model does not have."""
-    with torch.device("meta"):
-        model = PicoDecoder(cfg.model)
-        if cfg.model.relora is not None:
-            apply_relora(model, cfg.model.relora)
-    if cfg.checkpointing.learning_dynamics is not None:
-        dynamics.chosen_layers(model, cfg.checkpointing.learning_dynamics.layer_suffixes)
-
-
-def build(t: Trainer, adapters: bool, weights: dict[str, Tensor] | None = None,
-          optimizer_state: dict[str, dict] | None = None) -> None:
-    """Make model, wrapping and optimizers; `weights` with adapters go in after these are made, plain ones before."""
-    torch.manual_seed(t.cfg.training.seed)
-    model = PicoDecoder(t.cfg.model)
-    plain = weights is not None and not any(name.endswith("lora_A") for name in weights)
-    if plain:
-        checkpoint.load_model_state(model, weights, "the weights to start from")
-    if adapters:
-        apply_relora(model, t.cfg.model.relora, t.cfg.training.seed)
-    if weights is not None and not plain:
-        checkpoint.load_model_state(model, weights, "the checkpoint")
-    t.model = model.to(t.device)
-    t.wrapped = parallelize(t.model, t.cfg, t.device)
-    t.optimizers = make_optimizers(t.model, t.cfg)
-    if optimizer_state is not None:
-        checkpoint.load_optimizer_state(t.model, t.optimizers, optimizer_state)
-
-
-def describe(t: Trainer) -> None:
-    micro, accumulation = t.cfg.micro_batches(dist.world_size())
-    t.folder.say(f"{t.model.num_parameters():,} parameters, {t.model.num_parameters(trainable_only=True):,} trainable; "
-                 f"{dist.world_size()} x {t.device.type}, {wrapping(t.wrapped)}, {t.precision}")
-    t.folder.say(f"{t.dataset.folder}: {len(t.dataset):,} rows of {t.dataset.row_length} tokens; an update takes "
-                 f"{dist.world_size()} ranks x {accumulation} x {micro} rows; run folder {t.folder.path}")
 
 
 def main() -> None:

@@ -14,11 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from checkpoint import CheckpointError, read_manifest, step_folders
-from config import CheckpointingConfig, config_from_dict
-from stream import first_line
+from config import CheckpointingConfig, load_config
+from hub import first_line
 
 COMMITS_PER_HOUR = 120  # the Hub allows about 128 a repository
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between tries; doubled each time
@@ -57,12 +55,13 @@ def commits(run: Path, cfg: CheckpointingConfig) -> list[Commit]:
 class Uploader:
     """Sends the commits of a run. `sync` does so once; `start` does so in a thread whenever `kick`ed."""
 
-    def __init__(self, run: Path, cfg: CheckpointingConfig, say: Callable[..., None]):
+    def __init__(self, run: Path, cfg: CheckpointingConfig, say: Callable[..., None], fresh: bool = False):
         from huggingface_hub import HfApi, utils
         utils.disable_progress_bars()
         self.run, self.cfg, self.say, self.api = run, cfg, say, HfApi()
-        self.repo, self.branch = cfg.hf_checkpoint.repo_id, run.name
+        self.repo, self.branch = cfg.hf_checkpoint.repo_id, run.resolve().name
         self.sent: set[str] | None = None  # titles on the branch; None: to be asked
+        self._fresh = fresh  # a run that has just begun, and can have sent nothing
         self._to_prepare = self._preparations()
         self.made = 0  # commits by this process
         self._times: deque[float] = deque(maxlen=COMMITS_PER_HOUR)
@@ -86,7 +85,7 @@ class Uploader:
             while self._thread.is_alive() and time.monotonic() < end and not hurry():
                 self._thread.join(timeout=0.2)
             if self._thread.is_alive():
-                self.say(f"some uploads are left; send them with: python export.py upload {self.run}", "WARNING")
+                self.say(f"some uploads are left; send them with: python export.py upload '{self.run}'", "WARNING")
 
     def _work(self) -> None:
         while True:
@@ -107,7 +106,7 @@ class Uploader:
                 return self.made - before
             except Exception as error:  # whatever it is, training goes on
                 failures = failures + 1 if self.made == progress else 1
-                if failures == tries:
+                if failures == tries or _refused(error) and tries is not None:
                     raise
                 pause = min(2 * pause, LONGEST_PAUSE) if failures > 1 else FIRST_PAUSE
                 self.say(f"upload to {self.repo}: {first_line(error)}; trying again in {pause:.0f} s", "WARNING")
@@ -130,7 +129,12 @@ class Uploader:
         while self._to_prepare:
             self._to_prepare[0]()
             self._to_prepare.pop(0)
-        return {commit.title for commit in self.api.list_repo_commits(self.repo, revision=self.branch)}
+        titles = {commit.title for commit in self.api.list_repo_commits(self.repo, revision=self.branch)}
+        if self._fresh and (others := sum(title.startswith("Saving ") for title in titles)):
+            self.say(f"upload to {self.repo}: branch {self.branch} holds {others} commits of an earlier run of this name, which "
+                     f"stay; delete the branch, or choose another checkpointing.run_name", "WARNING")
+        self._fresh = False
+        return titles
 
     def _preparations(self) -> list[Callable[[], object]]:
         slug = self.cfg.hf_checkpoint.collection_slug
@@ -149,16 +153,22 @@ class Uploader:
         self._times.append(time.monotonic())
 
 
+def _refused(error: Exception) -> bool:
+    """Whether it is the token that is wrong, which trying again will not change."""
+    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+
+
 def upload_run(run: Path) -> None:
     """Send what a run has not sent yet, as `python export.py upload RUN`. Raises CheckpointError."""
     path = run / "training_config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run}: not a run folder: it has no training_config.yaml")
-    cfg = config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))).checkpointing
+    cfg = load_config(path).checkpointing
     if not cfg.hf_checkpoint.repo_id:
         raise CheckpointError(f"checkpointing.hf_checkpoint.repo_id: is empty in {path}; set it to owner/name")
     try:
         made = Uploader(run, cfg, lambda words, level: print(words)).sync_patiently(tries=5)
     except Exception as error:
-        raise CheckpointError(f"upload to {cfg.hf_checkpoint.repo_id}: {first_line(error)}; try again later") from None
-    print(f"{made} commits made on {cfg.hf_checkpoint.repo_id}, branch {run.name}")
+        fix = "log in with `hf auth login`, or set HF_TOKEN" if _refused(error) else "try again later"
+        raise CheckpointError(f"upload to {cfg.hf_checkpoint.repo_id}: {first_line(error)}; {fix}") from None
+    print(f"{made} commits made on {cfg.hf_checkpoint.repo_id}, branch {run.resolve().name}")

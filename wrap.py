@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dist
@@ -32,10 +33,11 @@ def parallelize(model: PicoDecoder, cfg: Config, device: torch.device) -> nn.Mod
     if dist.world_size() == 1:
         return model
     if cfg.training.strategy != "fsdp":
-        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch >= 2.13
+        # the buffers are tables of positions; torch >= 2.13 calls this option forward_sync_buffers, and warns
+        parameters = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True,
-                                       **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+                                       gradient_as_bucket_view=True, **{buffers: False})
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
@@ -77,15 +79,19 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in trainable if o.optimizer == "muon" and p.dim() == 2 and name.startswith("layers.")]
     rest = [p for _, p in trainable if not any(p is m for m in matrices)]
-    common = {"lr": o.lr, "weight_decay": o.weight_decay}
+    # the fused ones read on the device whether to skip: MPS's do not, and SGD's knows no sharded tensors (torch 2.13)
+    sharded = any(isinstance(p, DTensor) for p in rest)
+    common = {"lr": o.lr, "weight_decay": o.weight_decay,
+              "fused": rest[0].device.type != "mps" and not (sharded and o.optimizer == "sgd")}
     if o.optimizer == "sgd":
-        sgd = torch.optim.SGD(rest, momentum=o.momentum, fused=True, **common)
+        sgd = torch.optim.SGD(rest, momentum=o.momentum, **common)
         if o.momentum:  # torch makes them, uninitialised, in the first update, which may be one that is skipped
             for p in rest:
                 sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return [sgd]
     adam = torch.optim.Adam if o.optimizer == "adam" else torch.optim.AdamW
-    optimizers: list[torch.optim.Optimizer] = [adam(rest, betas=tuple(o.betas), fused=True, **common)]
+    optimizers: list[torch.optim.Optimizer] = [adam(rest, betas=tuple(o.betas), **common)]
     if matrices:  # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon(matrices, momentum=o.momentum, adjust_lr_fn="match_rms_adamw", **common))
+        optimizers.append(torch.optim.Muon(matrices, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum,
+                                           adjust_lr_fn="match_rms_adamw"))
     return optimizers

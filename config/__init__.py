@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
-from config.checks import check, warnings  # noqa: F401 (warnings and UserError are for importers)
-from config.reading import ConfigError, UserError, apply_override, build  # noqa: F401
+from config.checks import check, check_strategy, contradictions, warnings  # noqa: F401 (some are for importers)
+from config.reading import ConfigError, UserError, apply_override, build, flat  # noqa: F401
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ class DataLoaderConfig:
 
 @dataclass
 class TokenizerConfig:
-    name: str = "allenai/OLMo-7B-0724-hf"  # used when the dataset folder holds no tokenizer of its own
+    name: str = "allenai/OLMo-7B-0724-hf"  # a folder or a Hub model, for a dataset of more than bytes that holds no tokenizer.json
     vocab_size: int = 50304  # kept for the seed's files; model.vocab_size is what is built
 
 
@@ -53,9 +53,6 @@ class DataConfig:
 
 
 # ---- model --------------------------------------------------------------------------------------
-
-REFERENCE_FAULTS = ("dead_adapters", "unscaled_merge", "undone_reset", "late_merge", "kept_adam_step")
-
 
 @dataclass
 class OptimizerResetConfig:
@@ -136,7 +133,7 @@ class TrainingConfig:
     micro_batch_size: int | None = None  # (ours) rows a forward, in place of gradient_accumulation_steps
     grad_clip: float | None = None  # (ours) largest gradient norm; the published runs do not clip
     compile: bool | None = None  # (ours) torch.compile each block; null: on CUDA, where it pays
-    start_from: str | None = None  # (ours) weights of another run's checkpoint: Lialin's other warm start
+    start_from: str | None = None  # (ours) a run, step or Llama folder to take weights from: Lialin's other warm start
     hang_timeout_minutes: float = 30  # (ours) a rank that is silent for so long shows where it hangs, and ends the run
     max_nonfinite_steps: int = 20  # (ours) skipped updates in a row after which the run stops
     fabric: FabricConfig = field(default_factory=FabricConfig)
@@ -257,25 +254,17 @@ class Config:
 
     def micro_batches(self, world: int) -> tuple[int, int]:
         """(rows a forward, forwards an update) for each of `world` ranks; ConfigError where they do not divide."""
-        rows, accumulation = self.data.dataloader.batch_size, self.training.optimization.gradient_accumulation_steps
-        if self.training.micro_batch_size is None:
-            micro, remainder = divmod(rows, world * accumulation)
-            if remainder or not micro:
-                fit = [a for a in range(1, rows // world + 1) if rows % (world * a) == 0]
-                near = min(fit, key=lambda a: abs(a - accumulation)) if fit else None
-                hint = (f"try training.optimization.gradient_accumulation_steps={near}" if near
-                        else f"use a batch size that {world} divides")
-                raise ConfigError(f"data.dataloader.batch_size: {rows} is not divisible by {world} ranks x "
-                                  f"{accumulation} accumulation steps; {hint}")
-            return micro, accumulation
-        micro = self.training.micro_batch_size
-        if rows % (world * micro):
-            fit = [m for m in range(1, rows // world + 1) if rows % (world * m) == 0]
-            hint = (f"try training.micro_batch_size={min(fit, key=lambda m: abs(m - micro))}" if fit
-                    else f"use a batch size that {world} divides")
-            raise ConfigError(f"training.micro_batch_size: {micro} rows x {world} ranks do not divide "
-                              f"data.dataloader.batch_size {rows}; {hint}")
-        return micro, rows // (world * micro)
+        rows, micro = self.data.dataloader.batch_size, self.training.micro_batch_size
+        key, asked = (("training.micro_batch_size", micro) if micro is not None else
+                      ("training.optimization.gradient_accumulation_steps",
+                       self.training.optimization.gradient_accumulation_steps))
+        fit = [n for n in range(1, rows // world + 1) if rows % (world * n) == 0]
+        if asked not in fit:
+            hint = (f"try {key}={min(fit, key=lambda n: abs(n - asked))}" if fit else
+                    f"use a batch size that {world} divides")
+            raise ConfigError(f"data.dataloader.batch_size: {rows} is not divisible by {world} ranks x {key} {asked}; {hint}")
+        other = rows // (world * asked)
+        return (other, asked) if micro is None else (asked, other)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -310,11 +299,3 @@ def config_from_dict(tree: dict, overrides: list[str] | tuple[str, ...] = ()) ->
 def to_dict(cfg: Any) -> dict:
     """The resolved configuration as nested plain dicts: every section, every default."""
     return dataclasses.asdict(cfg)
-
-
-def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one of dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

@@ -110,3 +110,11 @@ def _nearest(key: str, dotted: str, fields: dict, root: type) -> str:
     elsewhere = [k for k in every if k.rsplit(".", 1)[-1] == leaf]
     here = [dotted + k for k in difflib.get_close_matches(leaf, fields, n=1, cutoff=0.6)]
     return (elsewhere or here or difflib.get_close_matches(key, every, n=1, cutoff=0.0))[0]
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one of dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -21,7 +21,7 @@ from config import BlimpConfig, ConfigError, ModelConfig, config_from_dict
 from data import TokenDataset, load_tokenizer
 from evaluate import evaluate_blimp, row_losses, rows_metrics
 from export import load_decoder, writers
-from hub import Hub
+from fake_hub import Hub
 from model import PicoDecoder
 from relora import apply_relora, relora_layers
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 import lab
 from checkpoint import CheckpointError
 from config import ModelConfig, ReLoRAConfig, config_from_dict
-from export import load_decoder, load_plain, writers
-from hub import Hub
+from export import byte_tokenizer_json, load_decoder, load_plain, writers
+from fake_hub import Hub
 from model import PicoDecoder
 from relora import apply_relora, merged_state, relora_layers
 
@@ -239,10 +239,46 @@ def test_a_published_model_computes_the_same_after_import(tmp_path, options):
             for name, p in model.named_parameters():
                 p.add_(torch.randn_like(p) * 0.1 if "lora_B" in name or "scaling" in name else 0)
     folder = published(tmp_path / "theirs", model, cfg, "pico_relora_decoder" if relora else "pico_decoder")
-    lab.call("export.py", "import", folder, tmp_path / "ours")
+    printed = lab.call("export.py", "import", folder, tmp_path / "ours", code=2)
+    assert "--tokenizer" in printed and not (tmp_path / "ours").exists()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_tokenizer_json()))
+    lab.call("export.py", "import", folder, tmp_path / "ours", "--tokenizer", tmp_path / "tokenizer.json")
     ids = torch.randint(300, (2, 16))
     with torch.no_grad():
         torch.testing.assert_close(load_decoder(tmp_path / "ours")(ids), model.eval()(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda t, c: t.pop("pico_decoder.layers.0.swiglu.w_1.B_lora.weight"), "layers.0.swiglu.w_1.lora_B is missing"),
+    (lambda t, c: t.pop("pico_decoder.layers.0.swiglu.w_1.A_lora.weight"), "layers.0.swiglu.w_1.lora_A is missing"),
+    (lambda t, c: t.pop("pico_decoder.layers.0.attention.v_proj.weight"), "layers.0.attention.v_proj.weight is missing"),
+    (lambda t, c: c["relora"].update(trainable_scaling=True), "scaling is missing"),
+    (lambda t, c: c["relora"].update(r=8), "lora_A is (4, 32), not (8, 32)"),
+    (lambda t, c: c.update(relora=None), "lora_A is unexpected"), (lambda t, c: c.update(relora="abc"), "config.json"),
+    (lambda t, c: c.pop("n_layers"), "n_layers missing"), (lambda t, c: c.update(model_type="gpt2"), "gpt2")],
+    ids="B A weight scaling rank no-relora relora-text n_layers type".split())
+def test_a_published_model_that_does_not_fit_its_config_is_refused(tmp_path, spoil, message):
+    relora = ReLoRAConfig(["attention", "swiglu"], 100, r=4, lora_alpha=6)
+    cfg = ModelConfig(d_model=32, n_layers=1, vocab_size=64, max_seq_len=16, attention_n_heads=4, attention_n_kv_heads=2,
+                      activation_hidden_dim=64, relora=relora)
+    model = PicoDecoder(cfg)
+    apply_relora(model, relora)
+    folder = published(tmp_path / "theirs", model, cfg, "pico_relora_decoder")
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    spoil(tensors, config)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    printed = lab.call("export.py", "import", folder, tmp_path / "ours", code=2)
+    assert message in printed and "Traceback" not in printed and not (tmp_path / "ours").exists()
+
+
+def test_weights_in_several_files_are_read(tmp_path, plain):
+    from transformers import LlamaForCausalLM
+    theirs = LlamaForCausalLM.from_pretrained(plain[2])
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
+    found, expected = load_plain(tmp_path / "sharded")[1], load_plain(plain[2])[1]
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_model_is_imported_from_the_hub(tmp_path):

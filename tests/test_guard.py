@@ -14,13 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import checkpoint
 import data
 import dist
 import dynamics
 import evaluate
+import files
 import guard
 import lab
+import parquet
+import shards
 import train
+import trainer
 from config import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -84,7 +89,7 @@ def test_a_signal_at_any_moment_costs_nothing(here, monkeypatch, moment, number)
 
 
 def test_a_signal_before_the_first_update_stops_at_once(here, monkeypatch):
-    monkeypatch.setattr(train, "build", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+    monkeypatch.setattr(trainer, "build", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
     here.train("early", code=guard.REQUEUE)
     assert end_of(here.folder / "early") == {"code": 75, "reason": "stopped by SIGTERM before the first update", "step": None}
 
@@ -298,7 +303,8 @@ def fill(folder, leave=0):
 def noticed(request, monkeypatch):
     """When a full disk is noticed: by asking for the free space, or, where that is not the whole truth, by writing."""
     if request.param == "in the middle":
-        monkeypatch.setattr(guard, "need_room", lambda *args: None)
+        for module in (checkpoint, files, parquet, shards):
+            monkeypatch.setattr(module, "need_room", lambda *args: None)
     return request.param
 
 

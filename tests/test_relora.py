@@ -12,8 +12,8 @@ from torch import nn
 from config import Config, ConfigError, ModelConfig, ReLoRAConfig, config_from_dict
 from model import PicoDecoder
 from relora import (ReLoRALinear, apply_relora, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state,
-                    relora_layers, reset_optimizer)
-from train import make_optimizers
+                    relora_layers, reset_optimizer, undo_reset)
+from wrap import make_optimizers
 
 LR = 1e-2
 TARGETS = [f"{a}.{b}" for a, names in (("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -281,6 +281,9 @@ def test_faulty_merges_change_the_logits(fault, scaling):
     lab = trained(reference_faults=[fault], trainable_scaling=scaling)
     old, before = values(lab), logits(lab)
     merge(lab)
+    if fault == "undone_reset":
+        torch.testing.assert_close(logits(lab), before, rtol=1e-4, atol=1e-5)  # as long as the fresh copies are there
+        undo_reset(lab.model)
     assert (logits(lab) - before).abs().max() > 0.01 * before.abs().max()
     for name in relora_layers(lab.model):
         A, B = (old[f"{name}.lora_{x}"].double() for x in "AB")
@@ -290,6 +293,28 @@ def test_faulty_merges_change_the_logits(fault, scaling):
         torch.testing.assert_close(now["weight"].double(), old[f"{name}.weight"].double() + added, rtol=1e-5, atol=1e-6)
         assert torch.equal(now["lora_A"], old[f"{name}.lora_A"]) == (fault == "undone_reset")
         assert torch.equal(now["lora_B"], old[f"{name}.lora_B"]) == (fault == "undone_reset")
+
+
+def test_an_undone_reset_applies_the_gradient_of_fresh_factors_to_the_old_ones():
+    """B wakes up at the update after the first merge, A at the one after that: as in the published runs."""
+    lab = make(reference_faults=["dead_adapters", "undone_reset", "unscaled_merge", "late_merge", "kept_adam_step"])
+    update(lab, 2)
+    merge(lab)
+    fresh = values(lab)
+    lab.model(lab.ids[:, :-1], lab.ids[:, 1:]).backward()
+    undo_reset(lab.model)
+    for name, p in lab.model.named_parameters():
+        if name.endswith("lora_B"):
+            assert p.grad.any() and not p.any()
+        if name.endswith("lora_A"):
+            assert fresh[name].any() and not p.any() and not p.grad.any()
+    for optimizer in lab.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    now = values(lab)
+    assert all(now[name].any() == name.endswith("lora_B") for name in now if is_adapter(name))
+    gradients = update(lab)
+    assert all(g.any() for name, g in gradients.items() if name.endswith("lora_A"))
 
 
 @pytest.mark.parametrize("faults, size", [([], LR), (["kept_adam_step"], LR * 0.1 / 0.001 ** 0.5)])

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 import lab
-from hub import Hub, once
+from fake_hub import Hub, once
 
 SHARDS, ROWS = 6, 20
 PREFETCH, KEEP = 1, 1

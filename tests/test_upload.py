@@ -10,7 +10,7 @@ import pytest
 import lab
 import upload
 from config import config_from_dict
-from hub import Hub
+from fake_hub import Hub
 
 KINDS = {"Saving HF Model": {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                              "generation_config.json", "manifest.json"} - {"manifest.json"},
