@@ -258,7 +258,7 @@ def read_requests(path: Path) -> tuple[list[Request], list[int] | range | None]:
             steps = range(steps["start"], steps["end"] + steps["step"], steps["step"])
         elif not (steps is None or isinstance(steps, list)):
             raise TypeError(f"steps are {{start, end, step}} or a list, not {steps!r}")
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AnalysisError(f"{path}: not a pico-analyze configuration ({error})") from None
     return requests, steps
 
@@ -273,25 +273,30 @@ def _request(metric: dict, component: dict) -> Request:
                             f"metrics are {', '.join(known)}")
     if not (layers is None or isinstance(layers, list)):
         raise TypeError(f"layers are a list such as [0, 11], not {layers!r}")
+    target, split = metric.get("target_checkpoint"), metric.get("data_split", "val")
+    if not (target is None or isinstance(target, int)) or not isinstance(split, str):
+        raise TypeError(f"target_checkpoint is a step and data_split a name, not {target!r} and {split!r}")
     circuit = component["component_name"] == "ov_circuit"
     listed = [suffixes["value_layer"], suffixes["output_layer"]] if circuit else [suffixes] if isinstance(suffixes, str) \
         else list(suffixes)
-    return Request([name], component["data_type"], metric.get("data_split", "val"), circuit, listed, layers,
-                   metric.get("target_checkpoint"))
+    return Request([name], component["data_type"], split, circuit, [str(suffix) for suffix in listed], layers, target)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------
 
-def rows_of_run(run: Snapshots, args: argparse.Namespace, out: Path) -> list[Row]:
-    """What the command's words ask for of one run."""
-    requests, wanted = read_requests(args.config) if args.config else (DEFAULT, None)
-    if args.since is not None:
-        requests = [*requests, replace(DEFAULT[0], target=args.since)]
-    steps = [step for step in run.folders if wanted is None or step in wanted]
-    if not steps:
-        raise AnalysisError(f"{run.path}: none of the wanted steps has a snapshot; there are "
-                            f"{', '.join(map(str, run.folders))}")
-    return analyse(run, requests, steps, out)
+class Plan(NamedTuple):
+    """What the command's words ask for."""
+    requests: list[Request]
+    wanted: list[int] | range | None  # steps; None: all
+
+    def steps(self, run: Snapshots) -> list[int]:
+        found = [step for step in run.folders if self.wanted is None or step in self.wanted]
+        if not found:
+            raise AnalysisError(f"{run.path}: none of the wanted steps has a snapshot; there are "
+                                f"{', '.join(map(str, run.folders))}")
+        for request in self.requests:
+            target_of(run, request)
+        return found
 
 
 def write_tables(rows: list[Row], out: Path) -> None:
@@ -324,10 +329,9 @@ def results_in(out: Path) -> Iterator[None]:
         raise AnalysisError(f"{out}: cannot be written ({error.strerror}); give another folder with --out") from None
 
 
-def compare(runs: dict[str, Snapshots], args: argparse.Namespace) -> None:
-    out = args.out or Path("comparison")
+def compare(runs: dict[str, Snapshots], plan: Plan, out: Path) -> None:
     with results_in(out):
-        tables = {label: rows_of_run(run, args, run.path / "analysis") for label, run in runs.items()}
+        tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis") for label, run in runs.items()}
         write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], out)
         print(f"open {report.write_comparison({label: run.path for label, run in runs.items()}, tables, out)}")
 
@@ -353,16 +357,21 @@ def main() -> None:
     if comparing and len(args.runs) < 3:
         raise AnalysisError("compare: give two runs or more")
     runs = {label: Snapshots(path) for label, path in labelled(args.runs[comparing:]).items()}
+    plan = Plan(*(read_requests(args.config) if args.config else (DEFAULT, None)))
+    if args.since is not None:
+        plan = plan._replace(requests=[*plan.requests, replace(DEFAULT[0], target=args.since)])
+    for run in runs.values():
+        plan.steps(run)  # what cannot be asked for is told before anything is made
     if comparing:
-        return compare(runs, args)
+        compare(runs, plan, args.out or Path("comparison"))
+        return
     for label, run in runs.items():
         out = run.path / "analysis" if args.out is None else args.out / label if len(runs) > 1 else args.out
         with results_in(out):
-            rows = rows_of_run(run, args, out)
+            rows = analyse(run, plan.requests, plan.steps(run), out)
             write_tables(rows, out)
             page = report.write_run(run.path, run.config, learning_rates(run), rows, out)
         print(f"{len(rows):,} measures of {len({row['step'] for row in rows})} steps in {out}; open {page}")
-    return None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python bench.py --everything --json gpu.json               # all that docs/performance.md wants of a GPU, in one go
 
 Every case lives in a process of its own, so that its peak memory is its own. The cases of a preset take turns, a few
-steps at a time, so that a machine whose speed drifts treats them alike; what is told is the median step. A step is
+steps at a time, so that a machine whose speed drifts treats them alike; the median step is reported. A step is
 the whole of train.train_step: forward, backward, gradient norm, fused AdamW. MFU counts attention as PaLM does.
 The second table breaks a step down: forward and backward, optimizer, wait for data, and what a merge and a checkpoint
 cost when they are due; "stall" is how long training stands still for a checkpoint that is written meanwhile.
@@ -15,8 +15,10 @@ cost when they are due; "stall" is how long training stands still for a checkpoi
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -32,8 +34,8 @@ import torch
 import dist
 import parquet
 import timing
-import train
 from config import Config, UserError, load_config
+from export import byte_tokenizer_json
 from model import PicoDecoder
 from run import Progress
 from shards import write_shards
@@ -66,7 +68,7 @@ def case_config(case: Case, more: Iterable[str] = ()) -> Config:
     overrides = [f"data.dataloader.batch_size={case.batch}", f"training.micro_batch_size={case.batch}",
                  f"model.max_seq_len={case.seq_len}", f"training.compile={str(case.compile).lower()}",
                  "training.optimization.lr_warmup_steps=10"]
-    if case.mode.startswith("r"):
+    if re.fullmatch(r"r\d+", case.mode):
         overrides += ["model.relora.target_modules=[attention, swiglu]", "model.relora.reset_frequency=2000",
                       f"model.relora.r={case.mode[1:]}", f"model.relora.lora_dropout={case.dropout}"]
     return load_config(Path(__file__).parent / f"config/pico-decoder-{case.preset}.yaml", [*overrides, *more])
@@ -127,7 +129,8 @@ def work(case: Case) -> None:
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else timing.peak_memory()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parts = timing.breakdown(t, rows) if t is not None else {}
-    print(json.dumps({"peak_bytes": peak, "flops_per_token": flops, "device": name, "seconds_of": parts}), flush=True)
+    print(json.dumps({"peak_bytes": peak, "flops_per_token": flops, "device": name, "seconds_of": parts,
+                      "peak_flops": dist.peak_flops(device)}), flush=True)
 
 
 # ---- in the command's process ----------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ def measure(cases: list[Case], rounds: int, steps: int) -> list[dict[str, Any]]:
 def result(case: Case, seconds: list[float], end: dict[str, Any]) -> dict[str, Any]:
     median = statistics.median(seconds)
     speed = case.batch * case.seq_len / median
-    peak = next((f for name, f in train.PEAK_FLOPS.items() if name in end["device"]), None)
+    peak = end["peak_flops"]
     return {**vars(case), "name": case.name, "tokens_per_second": speed, "step_seconds": median,
             "steps_timed": len(seconds), "peak_bytes": end["peak_bytes"], "device": end["device"],
             "flops_per_token": end["flops_per_token"], "seconds_of": end["seconds_of"],
@@ -232,6 +235,7 @@ def whole_run(preset: str, batch: int, seq_len: int, steps: int = 50) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         rows = np.random.default_rng(0).integers(VOCAB, size=(4 * batch, seq_len + 1))
         write_shards(Path(folder) / "data/train", rows, VOCAB, "random")
+        (Path(folder) / "data/tokenizer.json").write_text(json.dumps(byte_tokenizer_json()))  # any will do
         words = [f"data.dataset.name={folder}/data", f"data.dataloader.batch_size={batch}", f"training.micro_batch_size={batch}",
                  f"model.max_seq_len={seq_len}", f"training.stop_at_step={steps}", "training.optimization.lr_warmup_steps=5",
                  "model.relora.reset_frequency=20", "model.relora.lora_dropout=0", "model.relora.r=16", "evaluation.metrics=null",
@@ -271,6 +275,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--data-case", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    for mode in args.modes:
+        if not re.fullmatch(r"full|r\d+", mode):
+            raise UserError(f"--modes: {mode!r} is neither full nor rN, such as r16")
+    if args.baseline and importlib.util.find_spec("transformers") is None:
+        raise UserError("--baseline hf: needs transformers; pip install transformers")
     if args.everything:
         args.presets, args.compile, args.baseline, args.batch, args.seq_len = list(PRESETS), ["on"], "hf", 16, 2048
         args.data = args.attention = args.recompilations = args.run = True

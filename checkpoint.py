@@ -137,7 +137,7 @@ def publish(folder: Path, files: dict[str, Writer]) -> None:
         if not isinstance(error, (OSError, RuntimeError, NoRoom)):  # torch.save tells of a full disk by RuntimeError
             raise
         problem = full_disk(error, folder, needed)
-    if problem is not None:  # raised only here: the error above would keep the half-written file open, and its room taken
+    if problem is not None:  # raised only here: the error above keeps the half-written file open, and its disk space in use
         raise CheckpointError(f"{folder} cannot be written: {problem}")
     _replace(folder, staged, entries)
 

@@ -97,7 +97,7 @@ class TokenDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Names the very tokens and their order: a resumed run must find the same."""
+        """Identifies the tokens and their order: a resumed run must find the same."""
         parts = [self.row_length, *((s["rows"], s["sha256"]) for s in self.index["shards"])]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

@@ -32,6 +32,7 @@ T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LAUNCHER_SECONDS = 30  # for torchrun's store to answer
 SECOND_THOUGHT_SECONDS = 3.0
+PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # by a part of the GPU's name
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS)
 
@@ -71,6 +72,12 @@ def pick_device(wanted: str = "auto") -> torch.device:
     return torch.device(kind, local_rank()) if kind == "cuda" else torch.device(kind)
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """Operations a second that the GPU's maker names for dense bf16, where it is known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
 class Ending(BaseException):
     """The end of a run that is no error in it, such as a signal: no `except Exception` may take it for one."""
 
@@ -105,7 +112,7 @@ def session(wanted_device: str = "auto", hang_minutes: float = 30, patience_minu
         _hosts = torch_dist.new_group(backend="gloo", timeout=hang)
         _patient = torch_dist.new_group(backend="gloo", timeout=patience)
     yield device
-    # Not after an error: the other ranks would notice, and print theirs before ours is told.
+    # Not after an error: the other ranks would notice, and print their errors before ours.
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
         # gloo's threads, which may hold the last reference to a tensor, must end before the interpreter does
@@ -191,7 +198,7 @@ def on_rank0(work: Callable[[], T]) -> T:
 
 
 def on_each_node(work: Callable[[], Any]) -> None:
-    """work() on one rank of every machine; what the user can mend of any of them is raised on all ranks, as a UserError."""
+    """work() on one rank of every machine; an error on any of them is raised on all ranks, as a UserError."""
     problem: UserError | None = None
     if local_rank() == 0:
         try:

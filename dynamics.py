@@ -1,4 +1,4 @@
-"""Learning-dynamics snapshots: what chosen layers compute, weigh and are told by the gradient on a fixed batch.
+"""Learning-dynamics snapshots: activations, weights and gradients of chosen layers on a fixed batch.
 
 For every layer whose name ends in one of `layer_suffixes`: its output at one position of each example, its effective
 weight W + s B A, and the gradient of the mean loss with respect to that effective weight. The gradient is the outer
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from checkpoint import CheckpointError, read_manifest, step_folders
 from config import ConfigError, LearningDynamicsConfig
 from data import to_device
 from relora import HEAD, ReLoRALinear
-from wrap import eagerly
+from wrap import observed
 
 
 def chosen_layers(model: nn.Module, suffixes: list[str]) -> dict[str, nn.Module]:
@@ -87,23 +88,18 @@ def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig,
     layers = chosen_layers(model, cfg.layer_suffixes)
     activations: dict[str, list[Tensor]] = {name: [] for name in layers}
     gradients = {name: torch.zeros(m.out_features, m.in_features, device=device) for name, m in layers.items()}
-    was_training = model.training
-    model.eval()
-    try:
-        # eagerly, also since the outputs of compiled layers would not be part of the graph
-        with taps(layers) as seen, torch.autocast(device.type, enabled=False), eagerly(model):
-            for piece, share in _examples(rows, cfg.batch_size):
-                guard.stop_point()
-                ids = to_device(piece, device)
-                loss = model(ids[:, :-1], ids[:, 1:])
-                outputs = torch.autograd.grad(loss, [seen[name][1] for name in layers])
-                for (name, (x, y)), dy in zip(((n, seen[n]) for n in layers), outputs):
-                    gradients[name].addmm_(dy.flatten(0, 1).float().T, x.detach().flatten(0, 1).float(), alpha=share)
-                    if share:
-                        activations[name].append(y.detach()[:, cfg.sequence_idx].float().cpu())
-                seen.clear()
-    finally:
-        model.train(was_training)
+    # not compiled, also since the outputs of compiled layers would not be part of the graph
+    with observed(model, device), taps(layers) as seen:
+        for piece, share in _examples(rows, cfg.batch_size):
+            guard.stop_point()
+            ids = to_device(piece, device)
+            loss = model(ids[:, :-1], ids[:, 1:])
+            outputs = torch.autograd.grad(loss, [seen[name][1] for name in layers])
+            for (name, (x, y)), dy in zip(((n, seen[n]) for n in layers), outputs):
+                gradients[name].addmm_(dy.flatten(0, 1).float().T, x.detach().flatten(0, 1).float(), alpha=share)
+                if share:
+                    activations[name].append(y.detach()[:, cfg.sequence_idx].float().cpu())
+            seen.clear()
     result = {"activations": _gathered(activations), "weights": {}, "gradients": {},
               "data": {"input_ids": torch.from_numpy(rows.astype(np.int64))}}
     for name, layer in layers.items():
@@ -167,9 +163,13 @@ class Snapshots:
             path = self.folders[step] / self.dynamics / f"{name}_{kind}.pt"
             if path.exists():
                 try:
-                    return name, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 except Exception as error:
-                    raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0][:200]})") from None
+                    raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+                if not (isinstance(tensors, dict) and all(re.match(r"layers\.\d+\.", str(key)) and isinstance(value, Tensor)
+                                                          and value.dim() == 2 for key, value in tensors.items())):
+                    raise CheckpointError(f"{path}: not matrices named layers.N....")
+                return name, tensors
         return split, {}
 
     def fingerprint(self, step: int) -> str:
@@ -179,5 +179,5 @@ class Snapshots:
         except CheckpointError:  # a run copied without its manifests: go by size and time
             entries = {p.name: {"sha256": f"{p.stat().st_size}:{p.stat().st_mtime_ns}"}
                        for p in (self.folders[step] / self.dynamics).iterdir()}
-        listed = sorted((n, e["sha256"]) for n, e in entries.items() if n.endswith(".pt") and "training" not in n)
+        listed = sorted((Path(n).name, e["sha256"]) for n, e in entries.items() if Path(n).parent.name in (self.dynamics, ""))
         return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]

@@ -32,7 +32,7 @@ from export import load_decoder, resolve
 from files import write_json
 from hub import local_or_hub
 from kernels import IGNORE
-from wrap import eagerly
+from wrap import observed
 
 T = TypeVar("T")
 
@@ -57,13 +57,8 @@ def spread(count: int, work: Callable[[int], T], what: str) -> list[T]:
 @torch.no_grad()
 def losses_of(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     """Summed loss in nats of each row's labels: (B, T) int64 -> (B,) float64; eval mode, float32."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.autocast(inputs.device.type, enabled=False), eagerly(model):
-            return model(inputs, labels, reduction="none").cpu().double().sum(1).numpy()
-    finally:
-        model.train(was_training)
+    with observed(model, inputs.device):
+        return model(inputs, labels, reduction="none").cpu().double().sum(1).numpy()
 
 
 def row_losses(model: nn.Module, rows: np.ndarray, batch_size: int, device: torch.device, what: str = "rows") -> np.ndarray:
@@ -233,8 +228,12 @@ def write_results(out: Path, results: dict[str, dict[str, Any]], beside: bool) -
         before = json.loads(out.read_text(encoding="utf-8")) if beside and out.is_file() else {}
         write_json(out, before | results)
     except (OSError, ValueError) as error:
-        raise UserError(f"{out}: cannot be written ({getattr(error, 'strerror', error)}); give another file with --out") from None
-    print(f"written to {out}")
+        words = f"{out}: cannot be written ({getattr(error, 'strerror', error)}); give another file with --out"
+        if not beside:
+            raise UserError(words) from None
+        print(words)  # such as the run of somebody else
+    else:
+        print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class RunLock:
 
     def _refuse_if_alive(self) -> None:
         holder = self._holder()
-        if holder is None:  # half written: by a process that died, or that is at it
+        if holder is None:  # half written: its writer died, or is still writing
             time.sleep(1.0)
             holder = self._holder()
         if holder is not None and self._alive(*holder):
@@ -170,7 +170,7 @@ def _birth(pid: int) -> str:
     except OSError:
         if Path("/proc/self/stat").exists():
             return ""
-    try:  # not Linux; Windows has no such question, and tells by signs of life alone
+    try:  # not Linux; Windows cannot check a process number: only the signs of life count
         if os.name == "posix":
             os.kill(pid, 0)
     except ProcessLookupError:

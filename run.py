@@ -1,4 +1,4 @@
-"""What a run tells: the sums behind a log line, metrics.jsonl, the console log, the progress bar, exit.json.
+"""What a run records: the sums behind a log line, metrics.jsonl, the console log, the progress bar, exit.json.
 
     runs/RUN_NAME/training_config.yaml   every option with its value
     runs/RUN_NAME/metrics.jsonl          one strict JSON object a logged step: the record of the run

@@ -30,12 +30,11 @@ from relora import (derive_seed, learning_rate_multiplier, merge_and_reinit, mer
                     reset_optimizer, undo_reset)
 from run import RunFolder, run_folder
 from trainer import Trainer, build, setup
-from wrap import eagerly, gradient_sync, reshard
+from wrap import gradient_sync, observed, reshard
 
-PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # dense bf16, by a part of the GPU's name
 MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
 PROBE_TOKENS = 128  # of the row on which a merge is checked
-PATIENCE_SECONDS = 0.5  # between two votes of ranks that wait for data
+VOTE_SECONDS = 0.5  # between two votes of ranks that wait for data
 
 
 class TrainingError(UserError):
@@ -105,7 +104,7 @@ def next_batch(t: Trainer, batches: BatchLoader) -> list[tuple[int, Tensor]]:
     batch = problem = None
     while True:
         try:
-            batch = batch or batches.next(PATIENCE_SECONDS)
+            batch = batch or batches.next(VOTE_SECONDS)
         except DataError as error:
             problem = error
         if not end_together(t, problem, waiting=batch is None):
@@ -186,9 +185,7 @@ def log(t: Trainer, batches: BatchLoader) -> None:
         "trainer/inf_or_nan_count": int(window.bad_steps), "tokens": t.step * rows * seq_len,
         "tokens_per_second": speed, "data/wait_fraction": batches.take_wait() / window.seconds,
     }
-    peak = next((f for name, f in PEAK_FLOPS.items()
-                 if t.device.type == "cuda" and name in torch.cuda.get_device_name(t.device)), None)
-    if peak is not None:
+    if (peak := dist.peak_flops(t.device)) is not None:
         metrics["mfu"] = speed * t.model.flops_per_token() / (peak * dist.world_size())
     t.folder.record(metrics)
     loss = "no finite loss" if window.loss is None else f"loss {window.loss:.4f}"
@@ -231,11 +228,8 @@ def probe(t: Trainer) -> tuple[Tensor, float]:
     """(logits, mean loss) on the start of the next row; eval mode, float32."""
     rows = t.dataset.rows(t.step * t.cfg.data.dataloader.batch_size, 1)[:, :PROBE_TOKENS + 1]
     ids = to_device(rows, t.device)
-    t.model.eval()
-    with eagerly(t.model):
+    with observed(t.model, t.device):
         logits = t.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
-    t.model.train()
-    reshard(t.model)
     return logits, F.cross_entropy(logits[0], ids[0, 1:]).item()
 
 
@@ -254,7 +248,6 @@ def save(t: Trainer, whole: bool = True) -> None:
     c, files, results = t.cfg.checkpointing, {}, {}
     if whole:
         results = t.evaluation.run(t.model, lambda words: t.folder.say(f"step {t.step}: {words}"))
-        reshard(t.model)
     if whole and c.learning_dynamics is not None:
         sources = {"train": t.dataset.batch(t.step, t.cfg.data.dataloader.batch_size), "val": t.evaluation.snapshot_rows}
         for split, rows in sources.items():
@@ -263,7 +256,6 @@ def save(t: Trainer, whole: bool = True) -> None:
                 snapshot["data"]["text"] = [t.evaluation.tokenizer.decode(r) for r in snapshot["data"]["input_ids"].tolist()]
                 files |= {f"{c.learning_dynamics_dir}/{split}_{kind}.pt": checkpoint.torch_writer(tensors)
                           for kind, tensors in snapshot.items()}
-                reshard(t.model)
     if results:  # only now: interrupted before, all of it is done again
         t.folder.record({"step": t.step} | evaluate.flat_metrics(results))
         t.folder.save_evaluation(t.step, results)

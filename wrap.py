@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -65,6 +66,19 @@ def eagerly(model: nn.Module) -> contextlib.AbstractContextManager:
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()  # set_stance imports all of the compiler, which takes seconds
+
+
+@contextlib.contextmanager
+def observed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, a model is looked at: eval mode, float32, not compiled. Afterwards it is as it was, ready to train."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.autocast(device.type, enabled=False), eagerly(model):
+            yield
+    finally:
+        model.train(was_training)
+        reshard(model)
 
 
 def reshard(model: nn.Module) -> None:

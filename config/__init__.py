@@ -42,7 +42,7 @@ class DataLoaderConfig:
 @dataclass
 class TokenizerConfig:
     name: str = "allenai/OLMo-7B-0724-hf"  # a folder or a Hub model, for a dataset of more than bytes that holds no tokenizer.json
-    vocab_size: int = 50304  # kept for the seed's files; model.vocab_size is what is built
+    vocab_size: int = 50304  # unused, kept for pico-train's files: see model.vocab_size
 
 
 @dataclass
@@ -87,7 +87,7 @@ class ModelConfig:
     d_model: int = 768
     n_layers: int = 12
     vocab_size: int = 50304  # 50,280 entries of the OLMo tokenizer, padded to a multiple of 128
-    batch_size: int = 1024  # kept for the seed's files; data.dataloader.batch_size is what is used
+    batch_size: int = 1024  # unused, kept for pico-train's files: see data.dataloader.batch_size
     max_seq_len: int = 2048  # training rows hold one token more: the last label
     attention_n_heads: int = 12
     attention_n_kv_heads: int = 4  # grouped queries: a third of the KV cache
@@ -102,7 +102,7 @@ class ModelConfig:
 
 @dataclass
 class FabricConfig:
-    """How the seed's launcher was told of devices. Here torchrun says; a mismatch is reported."""
+    """Device settings of pico-train's launcher. Here torchrun decides; a mismatch is reported."""
     num_nodes: int = 1
     num_devices: int = 1
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"  # autocast over float32 weights; CPUs use 32-true

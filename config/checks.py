@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ _MAY_BE_ZERO = {  # every other number must be above 0
     "training.optimization.weight_decay", "training.optimization.momentum", "model.relora.lora_dropout",
     "model.relora.warm_start_steps", "model.relora.optimizer_reset.ratio",
 }
-_AT_MOST = {  # what no machine could hold or count; elsewhere 2^63
+_AT_MOST = {  # what no machine could hold or count
     "model.d_model": 2 ** 20, "model.n_layers": 10_000, "model.vocab_size": 2 ** 31 - 1, "model.max_seq_len": 2 ** 24,
     "model.activation_hidden_dim": 2 ** 22, "model.relora.r": 2 ** 20, "model.relora.lora_alpha": 1e9,
     "training.hang_timeout_minutes": 1e6, "data.dataset.patience_minutes": 1e6, "checkpointing.upload_grace_seconds": 1e8,
@@ -42,7 +43,8 @@ def check(cfg: Config, values: dict[str, Any]) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in _MAY_BE_NEGATIVE:
             need(value >= 0, key, "must not be negative")
             need(value > 0 or key in _MAY_BE_ZERO, key, "must be above 0")
-            need(value <= _AT_MOST.get(key, 2 ** 63 - 1), key, f"is more than {_AT_MOST.get(key, 2 ** 63 - 1):g}")
+            most = _AT_MOST.get(key, 2 ** 63 - 1 if isinstance(value, int) else math.inf)
+            need(value <= most, key, f"is more than {most:g}")
     m, o, relora = cfg.model, cfg.training.optimization, cfg.model.relora
     need(m.d_model % m.attention_n_heads == 0, "model.d_model",
          f"must be a multiple of attention_n_heads {m.attention_n_heads}")

@@ -119,6 +119,24 @@ def test_missing_evaluation_data_is_an_error_at_the_start(dataset, tmp_path, wor
     assert not list(tmp_path.rglob("step_*")), "nothing was trained"
 
 
+@pytest.mark.parametrize("words", [("evaluation.metrics=[paloma]", "evaluation.paloma.dataset_name={other}"),
+                                   ("checkpointing.learning_dynamics.eval_data={other}",)])
+def test_rows_of_another_vocabulary_are_refused_at_the_start(dataset, tmp_path, words):
+    other = lab.make_dataset(tmp_path / "other", rows=2, vocab=300)
+    printed = lab.Lab(tmp_path, dataset).train("run", *(word.format(other=other) for word in words), code=2)
+    assert "holds ids up to 299, and the model knows 64" in printed and not (tmp_path / "run").exists()
+
+
+def test_a_later_evaluation_keeps_the_results_of_the_first(worlds, tmp_path):
+    worlds.copy("single", "twice", 20)
+    kept = worlds.folder / "twice/eval_results/step_20.json"
+    before = json.loads(kept.read_text())
+    lab.call("evaluate.py", worlds.folder / "twice", "evaluation.metrics=[paloma]",
+             f"evaluation.paloma.dataset_name={worlds.dataset}")
+    after = json.loads(kept.read_text())
+    assert after["val"] == before["val"] and after["paloma"]["loss"] == pytest.approx(before["val"]["loss"], rel=1e-6)
+
+
 def test_rows_longer_than_the_model_reads_are_cut(dataset, tmp_path):
     long = lab.make_dataset(tmp_path / "long", rows=2, row_length=40, val_rows=3)
     runs = lab.Lab(tmp_path, dataset)

@@ -23,6 +23,7 @@ import files
 import guard
 import lab
 import parquet
+import run
 import shards
 import train
 import trainer
@@ -92,6 +93,17 @@ def test_a_signal_before_the_first_update_stops_at_once(here, monkeypatch):
     monkeypatch.setattr(trainer, "build", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
     here.train("early", code=guard.REQUEUE)
     assert end_of(here.folder / "early") == {"code": 75, "reason": "stopped by SIGTERM before the first update", "step": None}
+
+
+@pytest.mark.parametrize("module, name", [(evaluate, "local_or_hub"), (trainer, "Progress")])
+def test_a_signal_while_a_run_is_set_up_is_no_error_in_its_options(here, monkeypatch, module, name):
+    """Twice, as impatient schedulers do: the second comes while the first is being told."""
+    monkeypatch.setattr(module, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+    close = run.RunFolder._close
+    monkeypatch.setattr(run.RunFolder, "_close", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or close(*args))
+    (here.folder / "early").mkdir()
+    here.train("early", code=guard.REQUEUE)
+    assert end_of(here.folder / "early")["code"] == 75 and not (here.folder / "early/.lock").exists()
 
 
 def test_a_second_interrupt_stops_at_once(here, monkeypatch):
@@ -215,14 +227,15 @@ def test_two_agents_meet_by_c10d_and_train_as_one(here, worlds):
 @pytest.mark.parametrize("code, requeued", [(75, True), (0, False), (1, False), (None, False)])
 def test_the_slurm_script_requeues_what_was_preempted_and_nothing_else(tmp_path, code, requeued):
     """The real script in a real shell; srun and scontrol, which only a cluster has, are stand-ins that take notes."""
-    for name, body in (("srun", f'mkdir -p runs/slurm-7; rm -f runs/slurm-7/exit.json; [ "{code}" = None ] || '
-                                f"echo '{{\"code\": {code}, \"reason\": \"-\", \"step\": 3}}' > runs/slurm-7/exit.json; exit 1"),
-                       ("scontrol", 'echo "$@" >> scontrol.txt')):
+    (tmp_path / "runs/slurm-7").mkdir(parents=True)
+    (tmp_path / "runs/slurm-7/exit.json").write_text('{"code": 75}')  # of the start before, which was preempted
+    for name, body in (("srun", f'[ "{code}" = None ] || echo \'{{"code": {code}, "step": 3}}\' > runs/slurm-7/exit.json; exit 1'),
+                       ("scontrol", '[ "$1" = show ] && echo "$3" || echo "$@" >> scontrol.txt')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
            "SLURM_JOB_NODELIST": "a"}
-    subprocess.run(["bash", lab.ROOT / "slurm/one-node.sbatch", "config/demo.yaml"], cwd=tmp_path, env=env, check=False,
+    subprocess.run(["bash", lab.ROOT / "slurm/train.sbatch", "config/demo.yaml"], cwd=tmp_path, env=env, check=False,
                    timeout=60)
     assert (tmp_path / "scontrol.txt").exists() == requeued
     if requeued:
@@ -366,6 +379,37 @@ def test_metrics_that_found_no_room_are_written_when_there_is_some(disk, dataset
     assert list(runs.metrics("quiet")) == list(range(1, 21))
 
 
+def test_metrics_that_found_no_room_are_in_the_next_checkpoint(disk, dataset, monkeypatch):
+    small = disk("4m")
+    runs, step = lab.Lab(small, dataset), train.train_step
+
+    def filling(t, batch):
+        step(t, batch)
+        if t.step == 2:
+            t.saver.wait()
+            fill(small)
+        if t.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)  # the line of step 10 comes before the checkpoint, and finds no room
+    monkeypatch.setattr(train, "train_step", filling)
+    keep = train.keep
+    monkeypatch.setattr(train, "keep", lambda t: ((small / "filler").unlink(), keep(t)))
+    runs.train("quiet", *QUICK, "checkpointing.save_every_n_steps=20", code=75)
+    monkeypatch.undo()
+    assert "resumed at step 10" in runs.train("quiet", *QUICK)
+    assert list(runs.metrics("quiet")) == list(range(1, 21))
+
+
+def test_a_disk_that_fills_just_after_a_checkpoint_is_no_failed_checkpoint(here, monkeypatch):
+    def full(folder):
+        if folder.name == "step_10":
+            raise OSError(28, "No space left on device")
+        mark(folder)
+    mark = checkpoint.mark_latest
+    monkeypatch.setattr(checkpoint, "mark_latest", full)
+    assert "cannot be tidied (No space left on device)" in here.train("tidy")
+    assert newest(here.folder / "tidy") == "step_20" and (here.folder / "tidy/checkpoints/step_10/manifest.json").exists()
+
+
 def test_a_conversion_without_room_is_one_line_and_leaves_nothing(disk, tmp_path, noticed):
     import parquet
     small = disk("300k")
@@ -406,6 +450,10 @@ if how == "no room for the last checkpoint":
             raise checkpoint.CheckpointError("step_20 cannot be written: it needs 1 MB")
         publish(folder, files)
     checkpoint.publish = publish
+if how == "cannot read" and dist.rank() == 1:  # as where the disk of runs/ is not shared
+    def resume(*args):
+        raise checkpoint.CheckpointError("checkpoint.pt: cannot be read")
+    checkpoint.resume = resume
 if how == "other words":
     sys.argv += [f"training.seed={dist.rank()}"]
 if __name__ == "__main__":
@@ -425,6 +473,18 @@ def test_a_rank_that_hangs_shows_where_and_takes_the_job_down(here):
     printed, seconds = wayward(here, "hangs", here.folder, words=("training.hang_timeout_minutes=0.2",))
     assert "Timeout (0:00:12)!" in printed and "fall_asleep_here" in printed and seconds < 60
     assert printed.index("fall_asleep_here") < printed.find("RuntimeError") or "RuntimeError" not in printed
+
+
+def test_a_single_process_that_hangs_shows_where_too(here):
+    script = here.folder / "asleep.py"
+    script.write_text(SLOW.replace("0.3", "100"))
+    printed = lab.run(script, here.config("asleep"), *QUICK, "training.hang_timeout_minutes=0.05", code=1, timeout=60)
+    assert "Timeout (0:00:03)!" in printed and "asleep.py" in printed
+
+
+def test_an_error_that_only_another_rank_meets_is_told(here):
+    printed, _ = wayward(here, "cannot read", here.folder)
+    assert "error: rank 1: checkpoint.pt: cannot be read" in printed
 
 
 def test_a_rank_whose_data_are_late_is_waited_for_and_loses_no_batch(here, worlds):

@@ -19,7 +19,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
+import files
 import lab
 from checkpoint import CheckpointError, read_manifest
 from config import config_from_dict, flat, to_dict
@@ -125,7 +125,18 @@ def test_a_run_cannot_be_named_out_of_its_folder(tmp_path, tree, name):
                                    ("checkpointing.learning_dynamics.layer_suffixes=[de_embedding_proj]",),
                                    ("model.max_seq_len=15",), ("model.vocab_size=10",), ("training.start_from=nowhere",),
                                    ("evaluation.metrics=[blimp]", "evaluation.blimp.dataset_name=tests"),
-                                   ("data.dataset.name=tests",), ("training.micro_batch_size=3",)], ids=lambda words: words[0])
+                                   ("data.dataset.name=tests",), ("training.micro_batch_size=3",),
+                                   *((f"checkpointing.{key}={json.dumps(value)}",) for key, value in (
+                                       ("fabric_checkpoint_dir", "."), ("fabric_checkpoint_dir", "../ts"), ("checkpoints_dir", "/abs"),
+                                       ("fabric_checkpoint_dir", ""), ("learning_dynamics_dir", "training_state"),
+                                       ("learning_dynamics_dir", "a:b"), ("fabric_checkpoint_filename", "../../x.pt"),
+                                       ("evaluation.eval_results_dir", "x/y"), ("run_name", "x" * 300), ("run_name", "\ud800"),
+                                       ("learning_dynamics.sequence_idx", 16), ("learning_dynamics.sequence_idx", -17),
+                                       ("learning_dynamics.layer_suffixes", []))),
+                                   ("data.dataset.name=" + "x" * 300,), ("training.start_from=" + "x" * 300,),
+                                   (f"training.seed={2 ** 70}",), ("model.relora.lora_alpha=1e300",), ("model.relora.r=1e11",),
+                                   ("model.d_model=1e12",), ("model.n_layers=1e9",), ("evaluation.paloma.max_length=1",),
+                                   ("training.hang_timeout_minutes=1e300",)], ids=lambda words: words[0][:60])
 def test_what_does_not_fit_together_is_refused_before_anything_is_written(tmp_path, tree, words):
     refuse(tmp_path, "train.py", lab.write_config(tmp_path / "bad.yaml", tree), *words)
 
@@ -173,17 +184,17 @@ def test_a_shard_with_any_change_is_refused(tmp_path_factory, dataset, seed):
     refuse(folder, "train.py", lab.write_config(folder / "c.yaml", lab.tiny_tree(folder / "set", folder / "runs")))
 
 
-@pytest.mark.parametrize("files, words", [
+@pytest.mark.parametrize("texts, words", [
     ({"a.txt": b""}, ()), ({"a.txt": b"\xff\xfe\x00"}, ()), ({"a.txt": b"short"}, ()), ({"a.jsonl": b"{}"}, ()),
     ({"a.jsonl": b'{"text": 5}'}, ()), ({"a.jsonl": b"[1]"}, ()), ({"a.jsonl": b'{"text": "\\ud800"}'}, ()), ({}, ()),
     ({"a.txt": b"text " * 99}, ("--row-length", "1")), ({"a.txt": b"text " * 99}, ("--row-length", "-5")),
     ({"a.txt": b"text " * 99}, ("--val-share", "1")), ({"a.txt": b"text " * 99}, ("--tokenizer", "nowhere.json")),
-    ({"a.txt": b"text " * 99}, ("--vocab-size", "5")), ({"a.txt": b"text " * 99}, ("--val-share", "nan"))],
+    ({"a.txt": b"text " * 99}, ("--vocab-size", "5")), ({"a.txt": b"text " * 99}, ("--vocab-size", "3000000000")), ({"a.txt": b"text " * 99}, ("--val-share", "nan"))],
     ids=lambda value: str(value)[:40])
-def test_a_corpus_without_anything_to_learn_is_refused_and_leaves_nothing(tmp_path, files, words):
-    for name, content in files.items():
+def test_a_corpus_without_anything_to_learn_is_refused_and_leaves_nothing(tmp_path, texts, words):
+    for name, content in texts.items():
         (tmp_path / name).write_bytes(content)
-    sources = [tmp_path / name for name in files] or [tmp_path / "missing.txt"]
+    sources = [tmp_path / name for name in texts] or [tmp_path / "missing.txt"]
     refuse(tmp_path, "shards.py", "text", *sources, "--out", tmp_path / "made", *words)
 
 
@@ -227,7 +238,7 @@ def test_pickled_code_in_a_checkpoint_is_never_executed(tmp_path, run):
     refuse(tmp_path / "run", "analyze.py", tmp_path / "run", "--out", tmp_path / "out", says="cannot be read")
     manifest = json.loads((step / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
-        entry |= {"size": (step / name).stat().st_size, "sha256": data.sha256(step / name)}
+        entry |= {"size": (step / name).stat().st_size, "sha256": files.sha256(step / name)}
     (step / "manifest.json").write_text(json.dumps(manifest))
     config = tmp_path / "run/training_config.yaml"
     words = (f"checkpointing.runs_dir={tmp_path}", "training.max_steps=3")
@@ -247,8 +258,14 @@ def test_a_manifest_cannot_point_out_of_its_folder(tmp_path, name):
         read_manifest(tmp_path)
 
 
+LLAMA = (b'{"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": %s, "vocab_size": 260, '
+         b'"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": %s}')
+
+
 @pytest.mark.parametrize("file, content", [
-    *(("config.json", text) for text in (b"", b"[]", b"{}", b'{"hidden_size": "x"}', b"\xff", b'{"hidden_size": 1e400}')),
+    *(("config.json", text) for text in (b"", b"[]", b"{}", b'{"hidden_size": "x"}', b"\xff", b'{"hidden_size": 1e400}',
+                                         b"[" * 200_000, b'{"rope_parameters": [1]}', b'{"rope_parameters": "x"}',
+                                         LLAMA % (b"1000000000", b"16"), LLAMA % (b"2", b"1099511627776"))),
     *(("model.safetensors", raw) for raw in (b"", b"\x08" * 7, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}")),
     *(("tokenizer.json", raw) for raw in (b"", b"{}", b"[]", b"null", b'{"model": {"type": "BPE"}}', b"\xff\xfe"))],
     ids=lambda value: str(value)[:30])
@@ -259,6 +276,51 @@ def test_a_damaged_model_folder_is_refused(tmp_path, run, file, content):
     refuse(tmp_path, "export.py", "hf", tmp_path / "model", tmp_path / "out")
     refuse(tmp_path, "evaluate.py", tmp_path / "model", "evaluation.metrics=[paloma]",
            f"evaluation.paloma.dataset_name={tmp_path}")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04cut", pickle.dumps([1, 2]), pickle.dumps({"a": 5}), pickle.dumps({5: 5})])
+def test_weights_that_are_none_are_not_imported(tmp_path, content):
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published/config.json").write_text('{"model_type": "pico_decoder", "d_model": 32, "n_layers": 1, "vocab_size": 64}')
+    (tmp_path / "published/pytorch_model.bin").write_bytes(content)
+    refuse(tmp_path, "export.py", "import", tmp_path / "published", tmp_path / "made")
+
+
+@pytest.mark.parametrize("change", [{"optimizer": None}, {"config": {}}, {"step": "2"}, {"progress": 5}], ids=str)
+def test_a_training_state_of_other_contents_is_refused(tmp_path, run, change):
+    shutil.copytree(run, tmp_path / "run")
+    step = tmp_path / "run/checkpoints/step_2"
+    path = step / "training_state/checkpoint.pt"
+    torch.save(torch.load(path) | change, path)
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["files"]["training_state/checkpoint.pt"] = {"size": path.stat().st_size, "sha256": files.sha256(path)}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    printed = lab.call("train.py", run / "training_config.yaml", f"checkpointing.runs_dir={tmp_path}", "training.max_steps=3", code=2)
+    assert printed.count("error: ") == 1 and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("value", [[1.0], {"layers.0.x": 5}, {"odd": torch.ones(2, 2)}, {"layers.0.x": torch.ones(2)}], ids=str)
+def test_a_snapshot_of_other_contents_is_refused(tmp_path, run, value):
+    shutil.copytree(run, tmp_path / "run")
+    torch.save(value, tmp_path / "run/checkpoints/step_2/learning_dynamics/val_weights.pt")
+    printed = lab.call("analyze.py", tmp_path / "run", "--out", tmp_path / "out", code=2)
+    assert "val_weights.pt: not matrices" in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("change", [{"entropy": 5}, {"entropy": {"unigram": "x"}}, {"shards": "nested"}], ids=str)
+def test_an_index_of_other_contents_is_refused(tmp_path, dataset, change):
+    shutil.copytree(dataset, tmp_path / "set")
+    index = tmp_path / "set/train/index.json"
+    index.write_text("[" * 200_000 if change == {"shards": "nested"} else json.dumps(json.loads(index.read_text()) | change))
+    refuse(tmp_path, "train.py", lab.write_config(tmp_path / "a.yaml", lab.tiny_tree(tmp_path / "set", tmp_path / "runs")))
+
+
+@pytest.mark.parametrize("line", ["5", "[]", '{"UID": 1, "linguistics_term": "t", "sentence_good": "a", "sentence_bad": "b"}', ""])
+def test_pairs_that_are_none_are_refused(tmp_path, tree, line):
+    (tmp_path / "blimp").mkdir()
+    (tmp_path / "blimp/a.jsonl").write_text(line)
+    refuse(tmp_path, "train.py", lab.write_config(tmp_path / "a.yaml", tree), "evaluation.metrics=[blimp]",
+           f"evaluation.blimp.dataset_name={tmp_path / 'blimp'}", says="dataset_name")
 
 
 @FEW
@@ -274,7 +336,8 @@ def test_any_prompt_is_continued_or_refused(run, prompt, tokens):
 
 
 @pytest.mark.parametrize("words", [("--temperature", "nan"), ("--temperature", "-1"), ("--top-k", "0"), ("--seed", "-1"),
-                                   ("--samples", "0"), ("--tokens", "x")], ids=lambda words: " ".join(words))
+                                   ("--samples", "0"), ("--tokens", "x"), ("--temperature", "inf"), ("--temperature", "1e-320"),
+                                   ("--seed", "9" * 20), ("--prompt", "a\udcff")], ids=lambda words: ascii(" ".join(words)))
 def test_options_out_of_range_are_refused(run, words):
     refuse(run, "sample.py", run, *words, real=words[1] in ("nan", "x"))
 
@@ -315,8 +378,3 @@ def test_a_token_is_written_nowhere(tmp_path, dataset, monkeypatch):
     assert [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()] == []
     assert torch.load(tmp_path / "secret/checkpoints/step_2/training_state/checkpoint.pt")["step"] == 2
     assert yaml.safe_load((tmp_path / "secret/training_config.yaml").read_text())["checkpointing"]["save_to_hf"] is True
-
-
-def test_enough_was_tried():
-    """Of the whole file, which `--dist loadfile` gives to one worker."""
-    assert sum(count for what, count in tried.items() if "exit code 2" in what) >= 200

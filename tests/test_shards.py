@@ -284,6 +284,13 @@ def test_verify_counts_the_rows_of_a_sound_dataset(dataset):
     assert "108 rows" in lab.call("shards.py", "verify", dataset)
 
 
+@pytest.mark.parametrize("words", [("--batch-size", 0), ("--batch-size", -4, "--micro-batch-size", 2), ("--world", 0),
+                                   ("--step", -1), ("--rank", 7), ("--batch-size", 3, "--world", 5), ("--width", -3)], ids=str)
+def test_rows_that_cannot_be_shown_are_one_line(dataset, words):
+    printed = lab.call("shards.py", "show", dataset, "--step", 0, *words, code=2)
+    assert printed.count("error: --") == 1 and "Traceback" not in printed
+
+
 @pytest.mark.parametrize("at", [0, 20, 64, 200, -1])  # magic, header, its padding, ids, the last byte
 def test_verify_finds_one_flipped_bit_and_names_the_shard(tmp_path, at):
     path = lab.make_dataset(tmp_path) / "val" / "shard-00000.npy"

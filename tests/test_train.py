@@ -217,6 +217,13 @@ def test_every_optimizer_learns_across_merges(here, optimizer, lr):
     assert list(here.metrics(optimizer, "relora/reset_count")) == [5, 10, 15]
 
 
+def test_sgd_trains_under_fsdp_as_on_one_process(here):
+    sgd = ("training.optimization.optimizer=sgd", "training.optimization.lr=0.1", "training.grad_clip=0.5", *BARE)
+    here.train("sgd-single", *sgd)
+    here.train("sgd-fsdp", *sgd, *FSDP, ranks=2)
+    close(here.metrics("sgd-fsdp"), here.metrics("sgd-single"), abs=1e-4)
+
+
 def test_sgd_survives_a_warm_start_and_a_first_update_that_is_skipped(here, monkeypatch):
     accumulate, poison = train.accumulate, torch.empty_like
     monkeypatch.setattr(train, "accumulate", lambda t, batch: accumulate(t, batch) * (math.nan if t.step == 0 else 1))
@@ -303,6 +310,17 @@ def test_a_run_killed_after_its_first_checkpoint_starts_over_from_it(worlds):
     assert not list((worlds.folder / "from-zero").rglob("*.aside*")), "a sound checkpoint was written again"
 
 
+def test_a_run_none_of_whose_checkpoints_can_be_used_keeps_its_record(worlds):
+    worlds.copy("single", "ruined", 5)
+    for path in (worlds.folder / "ruined").rglob("checkpoint.pt"):
+        path.write_bytes(b"")
+    before = (worlds.folder / "ruined/metrics.jsonl").read_bytes()
+    printed = worlds.train("ruined")
+    assert printed.count("kept as step_") == 2 and "kept as metrics.jsonl.aside-1" in printed and "resumed" not in printed
+    assert (worlds.folder / "ruined/metrics.jsonl.aside-1").read_bytes() == before
+    assert worlds.metrics("ruined") == worlds.metrics("single")
+
+
 def test_a_run_without_a_checkpoint_starts_its_record_anew(worlds):
     worlds.copy("single", "anew", -1)
     assert "resumed" not in worlds.train("anew")
@@ -355,6 +373,20 @@ def test_another_run_is_not_resumed_into(done, change):
     printed = done.train("done", "training.max_steps=2", *BARE, change, code=2)
     assert change.split("=")[0] in printed and "checkpointing.run_name" in printed and "Traceback" not in printed
     assert (done.folder / "done/checkpoints/step_2/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("change", ["model.attention_n_heads=8", "model.norm_eps=1e-5", "model.position_emb_theta=500",
+                                    "model.n_layers=3"])
+def test_weights_of_another_model_are_not_started_from(done, change):
+    printed = done.train("other", f"training.start_from={done.folder / 'done'}", change, *BARE, code=2)
+    key = change.split("=")[0]
+    assert "training.start_from: " in printed and f"use {key}=" in printed and not (done.folder / "other").exists()
+
+
+def test_muon_with_fewer_rows_than_shards_is_refused(here):
+    printed = lab.run("train.py", here.config("few"), lab.HALF, "training.strategy=fsdp", "training.optimization.optimizer=muon",
+                      "model.relora.r=1", ranks=2, code=1)
+    assert "model.relora.r: 1 rows cannot be sharded over 2 ranks" in printed and not (here.folder / "few").exists()
 
 
 def test_other_tokens_are_not_resumed_into(done, tmp_path):
