@@ -148,8 +148,8 @@ def measure(run: Snapshots, step: int, request: Request) -> list[Row]:
             return [nothing(step, request, "compares representations of examples: use activations")]
         for label, base, deltas in updates(run, step, request):
             rows += measured(deltas, single, {"step": step, "other_step": base, "split": request.split, "data": label})
-        return rows  # the first snapshot has none
-    split, _ = run.load(step, request.split, "weights" if request.data == "weights" else request.data)
+        return rows or [nothing(step, request, "there is no such layer, or no snapshot to count from")]
+    split, _ = run.load(step, request.split, request.data)
     here = {"step": step, "other_step": None, "split": split, "data": request.data}
     if single:
         rows += measured(matrices(run, step, request), single, here)
@@ -159,7 +159,7 @@ def measure(run: Snapshots, step: int, request: Request) -> list[Row]:
 
 
 def nothing(step: int, request: Request, reason: str) -> Row:
-    what = ("ov_circuit" if request.circuit else ", ".join(request.suffixes) or "every layer")
+    what = "ov_circuit" if request.circuit else ", ".join(request.suffixes) or "every layer"
     return dict(zip(FIELDS, (step, None, request.split, request.data, what, ", ".join(request.metrics), None, reason)))
 
 

@@ -144,7 +144,7 @@ CIRCUIT = "{value_layer: attention.v_proj, output_layer: attention.o_proj}"
 @pytest.mark.parametrize("asked, reason", [
     ({}, None), ({"split": "absent"}, None), ({"data": "gradients", "split": "absent"}, "holds no such gradients"),
     ({"layer": 11}, "holds no such weights"), ({"suffixes": "swiglu.w_9"}, "holds no such weights"),
-    ({"data": "updates", "metric": "cka"}, "use activations"),
+    ({"data": "updates", "metric": "cka"}, "use activations"), ({"data": "updates", "layer": 11}, "no such layer"),
     ({"data": "gradients", "component": "ov_circuit", "suffixes": CIRCUIT}, "has no gradient of its own")], ids=str)
 def test_what_a_file_asks_for_and_is_not_there_is_told_with_a_reason(runs, tmp_path, asked, reason):
     (tmp_path / "asked.yaml").write_text(REQUEST.format(**ASKED | asked))
