@@ -19,20 +19,21 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+import components
 import dist
 import measures
-import plots
 import report
-from config import ConfigError, UserError, config_from_dict
+from components import KINDS, AnalysisError, Matrix, Request, Row, bases, matrices, target_of, updates
+from config import ConfigError, config_from_dict
 from dynamics import Snapshots
 from files import write_text
 from relora import learning_rate_multiplier
@@ -40,35 +41,8 @@ from relora import learning_rate_multiplier
 PAIRED = {"cka": measures.cka, "pwcca": measures.pwcca}
 SINGLE = ("per", "effective_rank", "numerical_rank", "condition_number", "gini", "hoyer", "norm_frobenius", "norm_nuclear",
           "norm_spectral", "norm_inf")
-KINDS = ("weights", "activations", "gradients", "updates")
 FIELDS = ("step", "other_step", "split", "data", "component", "metric", "value", "reason")  # other: compared with, or since
 BATCH = 1 << 23  # entries of matrices whose spectra are computed together: bounds the memory
-
-Row = dict[str, Any]
-
-
-class AnalysisError(UserError):
-    """A run or a request that cannot be analysed."""
-
-
-@dataclass
-class Request:
-    """What to measure: metrics of a kind of data of some layers."""
-    metrics: list[str]
-    data: str  # one of KINDS
-    split: str = "val"
-    circuit: bool = False  # the OV circuit's heads instead of single layers
-    suffixes: list[str] = field(default_factory=list)  # of layer names; empty: all. For circuits: value, output
-    layers: list[int] | None = None  # None: all
-    target: int | None = None  # the step to compare with (None: the last), or that updates are counted from (None: several)
-
-
-class Matrix(NamedTuple):
-    name: str
-    entries: Tensor  # (m, n)
-    spectrum: Tensor | None = None  # where there is a shorter way to it than through the entries
-    noise: float = 0.0  # singular values up to this may be rounding
-
 
 DEFAULT = [
     Request(list(SINGLE), "updates"), Request(list(SINGLE), "weights"), Request(list(SINGLE), "gradients", "train"),
@@ -78,57 +52,7 @@ DEFAULT = [
 ]
 
 
-# ---- what there is to measure ------------------------------------------------------------------------------------------
-
-def matrices(run: Snapshots, step: int, request: Request) -> Iterator[Matrix]:
-    """What a request asks for at one step, one after another; of updates the effective weights."""
-    kind = "weights" if request.data == "updates" else request.data
-    _, tensors = run.load(step, request.split, kind)
-    if request.circuit:
-        yield from _circuits(run, step, request, tensors)
-        return
-    for name, tensor in tensors.items():
-        adapter = name.rpartition(".")[2] in ("lora_A", "lora_B", "base")
-        fits = any(name.endswith(s) for s in request.suffixes) if request.suffixes else not adapter
-        if fits and (request.layers is None or plots.layer_of(name) in request.layers):
-            yield Matrix(name, tensor)
-
-
-def _circuits(run: Snapshots, step: int, request: Request, tensors: dict[str, Tensor]) -> Iterator[Matrix]:
-    """Heads of the OV circuit: W_O,h W_V,k (D, D), or the head's activations through W_O,h (examples, D)."""
-    m = run.config["model"]
-    heads, groups = m["attention_n_heads"], m["attention_n_heads"] // m["attention_n_kv_heads"]
-    size, (_, weights) = m["d_model"] // heads, run.load(step, request.split, "weights")
-    value, output = request.suffixes or ("attention.v_proj", "attention.o_proj")
-    for name in [n for n in tensors if n.endswith(value)]:
-        layer, o_proj = plots.layer_of(name), weights.get(name.removesuffix(value) + output)
-        if o_proj is None or not (request.layers is None or layer in request.layers):
-            continue
-        for head in range(heads):
-            kv = slice(head // groups * size, (head // groups + 1) * size)
-            o = o_proj[:, head * size:(head + 1) * size]
-            left, right = (tensors[name][:, kv], o.T) if request.data == "activations" else (o, tensors[name][kv])
-            low_rank = size <= min(left.shape[0], right.shape[1])
-            yield Matrix(f"layers.{layer}.ov_circuit.heads.{head}", left @ right,
-                         measures.singular_values_of_product(left, right) if low_rank else None)
-
-
 # ---- measuring -------------------------------------------------------------------------------------------------------
-
-def bases(run: Snapshots, step: int, request: Request) -> dict[str, int]:
-    """The snapshots that the updates of a step are counted from."""
-    if request.target is not None:
-        return {f"updates since step {request.target}": target_of(run, request)} if request.target < step else {}
-    before = [s for s in run.folders if s < step]
-    return {"updates since the start": before[0], "updates since the last snapshot": before[-1]} if before else {}
-
-
-def target_of(run: Snapshots, request: Request) -> int:
-    target = max(run.folders) if request.target is None else request.target
-    if target not in run.folders:
-        raise AnalysisError(f"step {target} has no snapshot in {run.path}; there are {', '.join(map(str, run.folders))}")
-    return target
-
 
 def steps_read(run: Snapshots, step: int, request: Request) -> list[int]:
     """The snapshots that a request looks at for one step."""
@@ -161,20 +85,6 @@ def measure(run: Snapshots, step: int, request: Request) -> list[Row]:
 def nothing(step: int, request: Request, reason: str) -> Row:
     what = "ov_circuit" if request.circuit else ", ".join(request.suffixes) or "every layer"
     return dict(zip(FIELDS, (step, None, request.split, request.data, what, ", ".join(request.metrics), None, reason)))
-
-
-def updates(run: Snapshots, step: int, request: Request) -> Iterator[tuple[str, int | None, Iterator[Matrix]]]:
-    """(label, base step, differences of effective weights); what rounding of the two leaves is told with each."""
-    def difference(now: Matrix, before: Tensor) -> Matrix:
-        noise = measures.EPSILON * (now.entries.norm() + before.norm()).item()
-        return Matrix(now.name, now.entries - before, noise=noise)
-    for label, base in bases(run, step, request).items():
-        old = {m.name: m.entries for m in matrices(run, base, request)}
-        yield label, base, (difference(m, old[m.name]) for m in matrices(run, step, request) if m.name in old)
-    if request.target is None and not request.circuit:
-        _, weights = run.load(step, request.split, "weights")
-        yield "updates within the cycle", None, (difference(m, weights[f"{m.name}.base"]) for m in matrices(run, step, request)
-                                                 if f"{m.name}.base" in weights)
 
 
 def measured(matrices: Iterable[Matrix], metrics: list[str], here: Row) -> list[Row]:
@@ -229,7 +139,7 @@ def analyse(run: Snapshots, requests: list[Request], steps: Iterable[int], out: 
     """Rows of all steps, measured or from the cache; where that cannot be written, they are measured each time."""
     rows: dict[tuple, Row] = {}  # what two requests ask for is told once
     fingerprints = {step: run.fingerprint(step) for step in run.folders}
-    code = [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in (__file__, measures.__file__)]
+    code = [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in (__file__, components.__file__, measures.__file__)]
     for step in tqdm(steps, desc=f"analysing {run.path}", unit=" steps", disable=None):
         for request in requests:
             read = [(s, fingerprints[s]) for s in steps_read(run, step, request)]

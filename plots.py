@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from components import Row, layer_of
 from config import UserError
 
-Row = dict[str, Any]
 LABELS = {"effective_rank": "effective rank", "numerical_rank": "numerical rank", "per": "PER", "cka": "CKA", "pwcca": "PWCCA",
           "condition_number": "condition number", "gini": "Gini", "hoyer": "Hoyer", "norm_frobenius": "Frobenius norm",
           "norm_nuclear": "nuclear norm", "norm_spectral": "spectral norm", "norm_inf": "largest |entry|"}
@@ -67,10 +67,6 @@ def training_record(run: Path) -> dict[str, list[tuple[int, Any]]]:
             if key != "step" and value is not None:
                 found[key].append((record["step"], value))
     return found
-
-
-def layer_of(component: str) -> int:
-    return int(component.split(".")[1])
 
 
 def part_of(component: str) -> str:
