@@ -55,22 +55,12 @@ def plain_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
-def suits_onednn(rows: int, *matrices: Tensor) -> bool:
-    """Whether oneDNN is the faster for a product of so many rows of these matrices."""
-    return (rows >= FEW_ROWS and all(map(plain_cpu, matrices)) and prefers_onednn()
-            and max(size for matrix in matrices for size in matrix.shape) >= least_width())
-
-
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times the transpose of b (N, K), which may be `packed`: (M, N). No gradients."""
-    if b.is_mkldnn or suits_onednn(len(a), a, b):
+    """a (M, K) times the transpose of b (N, K): (M, N). No gradients."""
+    if (len(a) >= FEW_ROWS and plain_cpu(a) and plain_cpu(b) and prefers_onednn()
+            and max(*a.shape, *b.shape) >= least_width()):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
-
-
-def packed(b: Tensor, rows: int) -> Tensor:
-    """b for many products with `rows` rows each: laid out once as oneDNN reads it, which else does so in every product."""
-    return torch.ops.mkldnn._reorder_linear_weight(b.contiguous(), rows) if suits_onednn(rows, b) else b
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -278,17 +268,16 @@ class _CrossEntropy(torch.autograd.Function):
             d_hidden = torch.empty_like(h16) if need_hidden else None
             d_head = head.new_zeros(head.size(1), head.size(0), dtype=torch.float32) if need_head else None  # (D, V)
             total, size = hidden.new_zeros((), dtype=torch.float32), chunk_rows(hidden, len(head))
-            rows_of_head, columns_of_head = packed(w16, size), packed(w16.T, size)
             for i in range(0, len(labels), size):
                 rows = slice(i, i + size)
                 h, y, keep = h16[rows], targets[rows], scored[rows]
-                logits = product(h, rows_of_head).float()  # (chunk, V)
+                logits = product(h, w16).float()  # (chunk, V)
                 at_label, peak = logits.gather(1, y[:, None]), logits.amax(-1, keepdim=True)
                 p = torch.softmax(logits, -1, out=logits)
                 total += torch.where(keep, peak - p.amax(-1, keepdim=True).log() - at_label, 0).sum()
                 d_logits = p.scatter_add_(1, y[:, None], p.new_full((len(y), 1), -1.0)).to(dtype)
                 if need_hidden:
-                    d_hidden[rows] = product(d_logits, columns_of_head) * keep
+                    d_hidden[rows] = product(d_logits, w16.T) * keep
                 if need_head:
                     d_head += product((h * keep).T, d_logits.T)
             count = scored.sum().clamp(min=1)
