@@ -24,6 +24,7 @@ import dist
 from config import Config, ConfigError, flat, to_dict
 
 REQUEUE = 75  # "try again later" in BSD's sysexits; torchrun makes it 1, exit.json keeps it
+TAKEOVER_SECONDS = 0.3
 HEARTBEAT_SECONDS = 10.0  # between the lock's signs of life
 
 
@@ -101,6 +102,7 @@ class RunLock:
     def acquire(self) -> None:
         """Raises ConfigError naming host and process where another one is at work."""
         me = json.dumps({"host": _machine(), "pid": os.getpid(), "born": _birth(os.getpid())})
+        taken_over = False
         while not self.held:
             try:
                 with open(self.path, "x", encoding="utf-8") as file:
@@ -108,10 +110,13 @@ class RunLock:
             except FileExistsError:
                 self._refuse_if_alive()
                 self.path.unlink(missing_ok=True)
+                taken_over = True
             except OSError as error:
                 raise ConfigError(f"checkpointing.runs_dir: {self.folder} cannot be written ({error.strerror})") from None
             else:
-                self.held = self.path.read_text(encoding="utf-8") == me  # not if two took a dead one's at once
+                if taken_over:  # perhaps by two at once, of whom the later removed the lock of the first
+                    time.sleep(TAKEOVER_SECONDS)
+                self.held = self.path.exists() and self.path.read_text(encoding="utf-8") == me
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _refuse_if_alive(self) -> None:

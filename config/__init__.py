@@ -111,7 +111,7 @@ class FabricConfig:
 
 @dataclass
 class OptimizationConfig:
-    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"  # muon: on the blocks' matrices, AdamW on the rest
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"  # muon: the blocks' matrices, in bf16; AdamW: the rest
     lr: float = 3e-4  # ReLoRA wants about twice the full-rank rate
     lr_scheduler: Literal["linear_with_warmup", "relora_jagged_cosine", "cosine_with_warmup",
                           "constant_with_warmup"] = "linear_with_warmup"
