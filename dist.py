@@ -251,7 +251,10 @@ def command(main: Callable[[], int | None]) -> None:
     """Run a command's `main`: what the user can fix is one line, and exit code 2."""
     try:
         sys.exit(main() or 0)
-    except (UserError, Ending) as error:
+    except Ending as error:  # all ranks end together
+        print0(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except UserError as error:
         code, words = error.exit_code, str(error)
     except OSError as error:
         if error.errno not in (*FULL, *BAD_PATH):
