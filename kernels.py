@@ -5,6 +5,7 @@
     effective_linear   ReLoRA without dropout: x (W + s B A)', the adapter's gradients without the weight's
     causal_attention   attention on CPUs in blocks of queries, with small heads stored so that products run along memory
     cross_entropy      mean loss of x W' a chunk of tokens at a time: the logits never exist as a whole
+    keep_freed_memory  each step's buffers find their pages in place
 
 `model.fast_paths: false` turns them off; docs/performance.md tells what each brings. B batch, T time, N tokens, H heads,
 K key/value heads, D width, V vocabulary, r rank.
@@ -12,6 +13,8 @@ K key/value heads, D width, V vocabulary, r rank.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import math
 import re
@@ -24,10 +27,12 @@ from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # a label that is not scored, as in torch's cross_entropy
 CPU_CHUNK = 1 << 25  # bytes of logits at once; larger blocks glibc maps anew each time, page by page: twice as slow
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 GPU_CHUNK = 1 << 29
 QUERY_ROWS = 144  # of a block of attention, over the heads that share a key: the fastest of 72 to 384, head_dim 8 to 64
 SCORES = 1 << 21  # numbers in a block's scores: what the caches hold
-ZEN_5, WIDE = 26, 1 << 14  # the family of AMD's processors; a vocabulary
+ZEN_5 = 26  # the family of AMD's processors
+WIDE = 1 << 14  # a vocabulary
 FEW_ROWS = 32  # below, a call's overhead outweighs oneDNN's gain
 LARGEST_HEAD = 64  # head_dim up to which causal_attention beats SDPA on a CPU
 
@@ -35,19 +40,24 @@ LARGEST_HEAD = 64  # head_dim up to which causal_attention beats SDPA on a CPU
 # ---- products --------------------------------------------------------------------------------------------------
 
 @functools.cache
-def prefers_onednn() -> bool:
-    """Whether this processor is one of AMD's with AVX-512, which MKL does not use there and oneDNN does."""
-    info = Path("/proc/cpuinfo")
-    return (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-            and torch.backends.cpu.get_cpu_capability() == "AVX512"
-            and info.exists() and "AuthenticAMD" in info.read_text())
+def zen() -> int:
+    """The generation of AMD's processor, 3 standing for it and those before; 0 of another maker, or without oneDNN."""
+    info, width = Path("/proc/cpuinfo"), torch.backends.cpu.get_cpu_capability()
+    words = info.read_text() if info.exists() else ""
+    if ("AuthenticAMD" not in words or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            or not torch.backends.mkldnn.is_available()):
+        return 0
+    if width == "AVX512":
+        return 5 if int(re.search(r"cpu family\s*: (\d+)", words)[1]) >= ZEN_5 else 4
+    return 3 if width == "AVX2" else 0
 
 
-@functools.cache
-def least_width() -> int:
-    """The matrices from which oneDNN is faster: any on Zen 5, whose AVX-512 is twice as wide as Zen 4's; there, the head."""
-    family = re.search(r"cpu family\s*: (\d+)", Path("/proc/cpuinfo").read_text())
-    return 0 if family and int(family[1]) >= ZEN_5 else WIDE
+def prefers_onednn(rows: int, columns: int, depth: int) -> bool:
+    """Whether oneDNN makes a product (rows, depth) x (depth, columns) faster than MKL, which holds AMD's processors back.
+
+    On Zen 5, whose AVX-512 is twice as wide as Zen 4's, any; there, those of the head; before, those with a result as wide.
+    """
+    return {0: False, 3: max(rows, columns) >= WIDE, 4: max(rows, columns, depth) >= WIDE, 5: True}[zen()]
 
 
 def plain_cpu(x: Tensor) -> bool:
@@ -57,15 +67,15 @@ def plain_cpu(x: Tensor) -> bool:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) times the transpose of b (N, K): (M, N). No gradients."""
-    if (len(a) >= FEW_ROWS and plain_cpu(a) and plain_cpu(b) and prefers_onednn()
-            and max(*a.shape, *b.shape) >= least_width()):
+    if len(a) >= FEW_ROWS and plain_cpu(a) and plain_cpu(b) and prefers_onednn(len(a), *b.shape):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dy' x, (out, in) from dy (N, out) and x (N, in): the wider side runs along memory."""
-    return product(x.T, dy.T).T.contiguous() if dy.size(1) >= x.size(1) else product(dy.T, x.T)
+    """dy' x, (out, in) from dy (N, out) and x (N, in); oneDNN wants the wider side to run along memory."""
+    turn = dy.size(1) >= x.size(1) and plain_cpu(dy) and prefers_onednn(x.size(1), dy.size(1), len(x))
+    return product(x.T, dy.T).T.contiguous() if turn else product(dy.T, x.T)
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
@@ -94,7 +104,7 @@ class Linear(nn.Linear):
     """nn.Linear without bias whose products are `product`'s."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if plain_cpu(x) and prefers_onednn() and least_width() == 0:
+        if plain_cpu(x) and prefers_onednn(x[..., 0].numel(), *self.weight.shape):
             return _Linear.apply(x, self.weight)
         return F.linear(x, self.weight)
 
@@ -300,3 +310,13 @@ def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, fast: bool = Tru
         return _CrossEntropy.apply(hidden, head, labels)
     logits = F.linear(hidden, head).float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / (labels != IGNORE).sum().clamp(min=1)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed instead of unmapping it, so that each step's buffers find their pages in place."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another system's library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most that every version takes
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)

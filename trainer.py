@@ -16,6 +16,7 @@ import dist
 import dynamics
 import evaluate
 import export
+import kernels
 import stream
 import upload
 from config import Config, ConfigError
@@ -113,6 +114,8 @@ def build(t: Trainer, adapters: bool, weights: dict[str, Tensor] | None = None,
           optimizer_state: dict[str, dict] | None = None) -> None:
     """Make model, wrapping and optimizers; `weights` with adapters go in after these are made, plain ones before."""
     torch.manual_seed(t.cfg.training.seed)
+    if t.device.type == "cpu" and t.cfg.model.fast_paths:
+        kernels.keep_freed_memory()
     model = PicoDecoder(t.cfg.model)
     plain = weights is not None and not any(name.endswith("lora_A") for name in weights)
     if plain:

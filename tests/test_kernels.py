@@ -57,8 +57,7 @@ def test_attention_of_great_scores_is_finite():
 @pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
 def onednn(request, monkeypatch):
     """Both ways to multiply, whatever this processor would choose."""
-    monkeypatch.setattr(kernels, "prefers_onednn", lambda: request.param)
-    monkeypatch.setattr(kernels, "least_width", lambda: 0)
+    monkeypatch.setattr(kernels, "prefers_onednn", lambda rows, columns, depth: request.param)
 
 
 @pytest.mark.parametrize("batch, rows, cols", [((2, 50), 96, 32), ((70,), 8, 200), ((1, 1), 16, 16), ((3, 5, 7), 33, 65)])
