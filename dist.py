@@ -164,7 +164,7 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def largest(*values: int) -> list[int]:
+def max_over_ranks(*values: int) -> list[int]:
     """Each value's maximum over the ranks: a vote. It goes between the hosts, so no device is waited for."""
     votes = torch.tensor(values, dtype=torch.int32)
     if _group():

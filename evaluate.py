@@ -40,7 +40,7 @@ T = TypeVar("T")
 TIDY_TURNS = 64  # of an evaluation, between two calls of return_free_memory
 
 
-def spread(count: int, work: Callable[[int], T], what: str) -> list[T]:
+def map_over_ranks(count: int, work: Callable[[int], T], what: str) -> list[T]:
     """[work(0), ..., work(count - 1)] on every rank; the numbers are dealt to the ranks in turn.
 
     What each call computes does not depend on the number of ranks. Under FSDP2 all ranks must run forward equally
@@ -77,7 +77,7 @@ def row_losses(model: nn.Module, rows: np.ndarray, batch_size: int, device: torc
     def batch(number: int) -> np.ndarray:
         ids = to_device(rows[number * batch_size:(number + 1) * batch_size], device)
         return losses_of(model, ids[:, :-1], ids[:, 1:])
-    return np.concatenate(spread(-(-len(rows) // batch_size), batch, what))
+    return np.concatenate(map_over_ranks(-(-len(rows) // batch_size), batch, what))
 
 
 def perplexity(loss: float | None) -> float | None:
@@ -124,7 +124,7 @@ def evaluate_blimp(model: nn.Module, pairs: list[blimp.Pair], tokenizer: Tokeniz
         return losses_of(model, ids[:, :-1], targets[:, 1:])
 
     losses = np.empty(len(sentences))
-    losses[np.concatenate(batches)] = np.concatenate(spread(len(batches), batch, "BLiMP"))
+    losses[np.concatenate(batches)] = np.concatenate(map_over_ranks(len(batches), batch, "BLiMP"))
     return {"start_token": start, "pairs": len(pairs), **blimp.accuracies(pairs, losses[0::2] < losses[1::2])}
 
 

@@ -81,7 +81,7 @@ def stop_point(caught: int | None = None) -> None:
 
     `caught` is the outcome of a vote that was held already.
     """
-    number = dist.largest(_caught)[0] if caught is None else caught
+    number = dist.max_over_ranks(_caught)[0] if caught is None else caught
     if number:
         raise Stopped(number)
 

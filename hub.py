@@ -37,7 +37,7 @@ def tell(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def patiently(action: Callable[[], Any], what: str, minutes: float, stop: threading.Event | None = None) -> Any:
+def with_retries(action: Callable[[], Any], what: str, minutes: float, stop: threading.Event | None = None) -> Any:
     """The result of `action`; network trouble is tried again, with growing pauses, for `minutes`. Raises DataError.
 
     What trying again cannot fix (no such repository, no access) is raised at once.
@@ -90,8 +90,8 @@ def _find(name: str, split: str, cfg: DatasetConfig, revision: str | None) -> So
         raise DataError(f"HF_HUB_OFFLINE is set, and {home} holds nothing of it")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise DataError("a dataset on the Hub is named owner/name; a local one is made by shards.py")
-    info = patiently(lambda: HfApi().dataset_info(name, revision=revision), f"contacting the Hub for {name}",
-                     min(cfg.patience_minutes, 1.0))
+    info = with_retries(lambda: HfApi().dataset_info(name, revision=revision), f"contacting the Hub for {name}",
+                        min(cfg.patience_minutes, 1.0))
     pattern = re.compile(rf"(?:.*/)?{re.escape(split)}-\d+-of-\d+\.parquet")
     files = sorted(s.rfilename for s in info.siblings if pattern.fullmatch(s.rfilename))
     if not files:
@@ -116,7 +116,7 @@ def fetch(source: Source, number: int, target: Path, vocab_size: int, minutes: f
 
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        path = patiently(download, what, minutes, stop)
+        path = with_retries(download, what, minutes, stop)
         staged = staging / target.name
         made = convert_parquet(path, staged, vocab_size)
         os.replace(staged, target)
@@ -178,8 +178,8 @@ def fetch_tokenizer(name: str, folder: Path) -> None:
 
     def copy() -> None:
         if not target.exists():
-            found = local if local.exists() else patiently(lambda: hf_hub_download(name, "tokenizer.json"),
-                                                           f"fetching the tokenizer {name}", 1.0)
+            found = local if local.exists() else with_retries(lambda: hf_hub_download(name, "tokenizer.json"),
+                                                              f"fetching the tokenizer {name}", 1.0)
             shutil.copy(found, target)
     try:
         dist.on_each_node(copy)

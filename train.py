@@ -114,7 +114,7 @@ def next_batch(t: Trainer, batches: BatchLoader) -> list[tuple[int, Tensor]]:
 def end_together(t: Trainer, problem: UserError | None = None, waiting: bool = False) -> int:
     """A vote, which every rank must hold: raises Ending if any rank has a reason; whether any rank is `waiting`."""
     problem = problem or t.saver.error
-    ended, caught, anyone_waits = dist.largest(problem is not None, guard.stop_signal(), waiting)
+    ended, caught, anyone_waits = dist.max_over_ranks(problem is not None, guard.stop_signal(), waiting)
     if ended:  # every rank raises the first error met
         mine = problem and (str(problem), 2 if isinstance(problem, DataError) else 1)
         raise dist.Ending(*next(theirs for theirs in dist.gather(mine) if theirs))
@@ -282,7 +282,7 @@ def keep(t: Trainer) -> None:
     reshard(t.model)
     undo_reset(t.model)  # as the update that is dropped would have done
     t.saver.wait()
-    if dist.largest(t.step != t.saved or t.saver.error is not None)[0]:  # only rank 0 writes, and knows of errors
+    if dist.max_over_ranks(t.step != t.saved or t.saver.error is not None)[0]:  # only rank 0 writes, and knows of errors
         t.folder.say(f"writing a checkpoint of step {t.step}")
         save(t, whole=False)
         t.saver.wait()

@@ -92,11 +92,11 @@ class Uploader:
             self._kicked.wait()
             self._kicked.clear()
             closing = self._closing.is_set()  # asked before the sync: what is there by now will be sent
-            self.sync_patiently(tries=None)
+            self.sync_with_retries(tries=None)
             if closing:
                 return
 
-    def sync_patiently(self, tries: int | None) -> int:
+    def sync_with_retries(self, tries: int | None) -> int:
         """`sync`, tried again with growing pauses; returns how many commits it took. Raises after `tries` in vain."""
         pause, failures, before = FIRST_PAUSE, 0, self.made
         while True:
@@ -167,7 +167,7 @@ def upload_run(run: Path) -> None:
     if not cfg.hf_checkpoint.repo_id:
         raise CheckpointError(f"checkpointing.hf_checkpoint.repo_id: is empty in {path}; set it to owner/name")
     try:
-        made = Uploader(run, cfg, lambda words, level: print(words)).sync_patiently(tries=5)
+        made = Uploader(run, cfg, lambda words, level: print(words)).sync_with_retries(tries=5)
     except Exception as error:
         fix = "log in with `hf auth login`, or set HF_TOKEN" if _refused(error) else "try again later"
         raise CheckpointError(f"upload to {cfg.hf_checkpoint.repo_id}: {first_line(error)}; {fix}") from None

@@ -566,4 +566,4 @@ def test_no_file_of_a_run_is_a_link(worlds):
 
 
 def test_votes_hold_without_a_group():
-    assert dist.largest(3, 0, True) == [3, 0, True]
+    assert dist.max_over_ranks(3, 0, True) == [3, 0, True]

@@ -1,5 +1,9 @@
 """Every fast path against the plain formula in float64, and against the plain model as a whole."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,3 +135,22 @@ def test_a_model_computes_the_same_with_and_without_the_fast_paths(dataset, relo
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     close(*results, tolerance=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another system's allocator")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_keeps_its_pages(kept):
+    """As the loss's chunks do: three buffers at once, again and again."""
+    code = f"""
+import resource, torch, kernels
+if {kept}:
+    kernels.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    buffers = [torch.ones(7 << 20) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(), faults()
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=lab.ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert (int(done.stdout) < 1000) == kept  # of 28,672 pages
