@@ -1,3 +1,8 @@
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
 
@@ -13,6 +18,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """--plain changes a default, and so also what is in the configurations that tests give to processes."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # the user's may hold files that a killed process left half written
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if config.getoption("--plain"):
         names = list(ModelConfig.__dataclass_fields__)
         ModelConfig.__init__.__defaults__ = tuple(False if name == "fast_paths" else default for name, default in
