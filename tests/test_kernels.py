@@ -140,7 +140,7 @@ def test_a_model_computes_the_same_with_and_without_the_fast_paths(dataset, relo
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another system's allocator")
 @pytest.mark.parametrize("kept", [True, False])
 def test_freed_memory_keeps_its_pages(kept):
-    """As the loss's chunks do: three buffers at once, again and again."""
+    """As the loss's chunks do: a few buffers at once, again and again."""
     code = f"""
 import resource, torch, kernels
 if {kept}:
@@ -149,8 +149,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     buffers = [torch.ones(7 << 20) for _ in range(4)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(), faults()
-print(faults())
+print(min(faults() for _ in range(8)))  # the heap's layout decides how many rounds it takes to settle
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=lab.ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert (int(done.stdout) < 1000) == kept  # of 28,672 pages
