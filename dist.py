@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from config import UserError
 
@@ -223,20 +222,31 @@ def gather(value: Any) -> list[Any]:
 
 # ---- tensors that FSDP2 may have sharded -------------------------------------------------------------------
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. Only a run that shards imports the class: that takes a third of a command's start."""
+    return hasattr(tensor, "full_tensor")
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor, gathered if it is sharded. Every rank must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def replicated(tensor: Tensor) -> Tensor:
     """`tensor` with all of its rows on every rank, still fit for arithmetic with sharded tensors."""
-    return tensor.redistribute(placements=[Replicate()]) if isinstance(tensor, DTensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+    return tensor.redistribute(placements=[Replicate()])
 
 
 def like(whole: Tensor, target: Tensor) -> Tensor:
     """`whole`, the same on every rank, placed and sharded as `target` is."""
     whole = whole.to(target.device)
-    return distribute_tensor(whole, target.device_mesh, target.placements) if isinstance(target, DTensor) else whole
+    if not is_sharded(target):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole, target.device_mesh, target.placements)
 
 
 @torch.no_grad()

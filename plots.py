@@ -22,6 +22,7 @@ LABELS = {"effective_rank": "effective rank", "numerical_rank": "numerical rank"
 RANKS = ("effective_rank", "numerical_rank")
 FRACTIONS = ("per", "cka", "pwcca", "hoyer")  # drawn from 0 to 1
 CIRCUIT = "OV circuit, heads"
+LEGEND = 12  # names; more layers than that are told by a bar of colours
 CHAPTERS = {  # data: what to know of it
     "updates since the start": "Effective weight minus that of the first snapshot: the cumulative update.",
     "updates within the cycle": "s B A of ReLoRA layers: what has been learnt since the latest merge.",
@@ -48,8 +49,31 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-                         "axes.spines.right": False, "figure.constrained_layout.use": True, "legend.frameon": False})
+                         "axes.spines.right": False, "legend.frameon": False})
     return plt
+
+
+def panels(plt, rows: int, columns: int, height: float, *, top: float = 0.65, right: float = 0.15, bottom: float = 0.5,
+           across: float = 0.15, down: float = 0.15, **options):
+    """(figure, axes): panels of one height, margins, and gaps across and down, in inches; widths fill what a page holds.
+
+    Placed by hand: matplotlib's own layouts measure every label, and take longer than all the drawing.
+    """
+    left, gaps = 0.75, (columns - 1) * across
+    width = max(4.0 / columns, min(3.1, (12.2 - right - gaps) / columns))
+    size = (left + right + columns * width + gaps, top + bottom + rows * height + (rows - 1) * down)
+    frame = {"left": left / size[0], "right": 1 - right / size[0], "top": 1 - top / size[1], "bottom": bottom / size[1],
+             "wspace": across / width, "hspace": down / height}
+    return plt.subplots(rows, columns, squeeze=False, figsize=size, gridspec_kw=frame, **options)
+
+
+def head(figure, title: str) -> None:
+    figure.suptitle(title, y=1 - 0.1 / figure.get_size_inches()[1], verticalalignment="top")
+
+
+def over_steps(axis) -> None:
+    axis.set_xlabel("step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 # ---- what there is to draw --------------------------------------------------------------------------------------------
@@ -117,17 +141,19 @@ def in_order(parts: Iterable[str]) -> list[str]:
     return sorted(set(parts), key=lambda part: (part == CIRCUIT, part))
 
 
-def sheet(plt, panels: dict[str, dict[str, list[Line]]], title: str, labels: dict[str, str],
+def sheet(plt, lines: dict[str, dict[str, list[Line]]], title: str, labels: dict[str, str],
           bounds: dict[str, list[tuple[int, float]]] | None = None, merges: Iterable[int] = ()):
-    """Panels {measure: {part: lines}}, a row a measure; `bounds` {part: points} is drawn with the ranks."""
-    panels = {metric: parts for metric, parts in panels.items() if any(parts.values())}
-    if not panels:
+    """A panel for each of {measure: {part: lines}}, a row a measure; `bounds` {part: points} is drawn with the ranks."""
+    lines = {metric: parts for metric, parts in lines.items() if any(parts.values())}
+    if not lines:
         return None
-    columns = in_order(part for parts in panels.values() for part, lines in parts.items() if lines)
-    figure, axes = plt.subplots(len(panels), len(columns), squeeze=False, sharex=True, sharey="row",
-                                figsize=(max(5.0, min(13.0, 3.3 * len(columns) + 0.9)), 1.9 * len(panels) + 1.0))
+    columns = in_order(part for parts in lines.values() for part, found in parts.items() if found)
+    labelled = {line.label for parts in lines.values() for found in parts.values() for line in found}
+    few = len(labelled) <= LEGEND
+    figure, axes = panels(plt, len(lines), len(columns), 1.7, sharex=True, sharey="row",
+                          bottom=0.5 + 0.22 * -(-(len(labelled) + 1) // 6) if few else 0.5, right=0.15 if few else 1.0)
     legend: dict[str, Any] = {}
-    for across, (metric, parts) in zip(axes, panels.items()):
+    for across, (metric, parts) in zip(axes, lines.items()):
         for axis, part in zip(across, columns):
             for line in parts.get(part, []):
                 steps, values = zip(*line.points)
@@ -136,23 +162,26 @@ def sheet(plt, panels: dict[str, dict[str, list[Line]]], title: str, labels: dic
                     axis.fill_between(steps, *zip(*line.spread), color=line.colour, alpha=0.12, linewidth=0)
             if bounds and metric in RANKS and bounds.get(part):
                 legend["r x cycles"], = axis.plot(*zip(*bounds[part]), "--", color="0.45", linewidth=1)
-            for step in merges:
+            for step in merges if parts.get(part) else ():
                 axis.axvline(step, color="0.6", linewidth=0.7, linestyle=":")
-            if part != columns[0] and not parts.get(part):
-                axis.set_visible(False)
+            if not parts.get(part) and part != columns[0]:
+                axis.axis("off")  # which leaves the title of a column
         across[0].set_ylabel(labels[metric])
-        scale(across[0], metric, max(high for lines in parts.values() for line in lines for _, high in line.spread))
-    for axis, part in zip(axes[0], columns):
-        axis.set_title(part, fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
-    figure.suptitle(title)
-    if len(legend) <= 12:
-        figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=min(6, len(legend)))
+        scale(across[0], metric, max(high for found in parts.values() for line in found for _, high in line.spread))
+    for column, part in zip(axes.T, columns):
+        column[0].set_title(part, fontsize=9)
+        lowest = [axis for axis in column if axis.axison][-1]
+        over_steps(lowest)
+        lowest.tick_params(labelbottom=True)
+    head(figure, title)
+    if few:
+        figure.legend(list(legend.values()), list(legend), loc="lower center", ncols=min(6, len(legend)))
     else:
         layers = [int(label.split()[1]) for label in legend if label.startswith("layer")]
-        figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(min(layers), max(layers)), plt.get_cmap("viridis_r")),
-                        ax=axes[:, -1], label="layer")
+        width, height = figure.get_size_inches()
+        tall = min(4.0, height - 1.15)
+        bar = figure.add_axes((1 - 0.8 / width, 1 - (0.65 + tall) / height, 0.15 / width, tall / height))
+        figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(min(layers), max(layers)), plt.get_cmap("viridis_r")), bar, label="layer")
     return figure
 
 
@@ -173,8 +202,7 @@ def plot_heat(plt, rows: list[Row], metric: str = "per"):
     if not found:
         return None
     columns = sorted({part for parts in found.values() for part in parts})
-    figure, axes = plt.subplots(len(found), len(columns), squeeze=False,
-                                figsize=(max(5.0, min(13.0, 3.1 * len(columns) + 1.2)), 1.8 * len(found) + 1.0))
+    figure, axes = panels(plt, len(found), len(columns), 1.4, top=0.9, right=0.9, across=0.35, down=0.7)
     for across, (data, parts) in zip(axes, found.items()):
         for axis, part in zip(across, columns):
             layers = sorted(parts.get(part, {}))
@@ -191,10 +219,11 @@ def plot_heat(plt, rows: list[Row], metric: str = "per"):
             axis.grid(False)
             axis.set_title(f"{data}\n{part}" if axis is across[0] else part, fontsize=8)
         across[0].set_ylabel("layer")
-        figure.colorbar(image, ax=across, fraction=0.04)
+        place = across[-1].get_position()
+        figure.colorbar(image, figure.add_axes((place.x1 + 0.01, place.y0, 0.01, place.height)))
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    figure.suptitle(f"{LABELS[metric]}, layers by steps")
+    head(figure, f"{LABELS[metric]}, layers by steps")
     return figure
 
 
@@ -209,8 +238,7 @@ def plot_spectra(plt, rows: list[Row]):
     if not chosen:
         return None
     columns = sorted({part for parts in chosen.values() for part in parts})
-    figure, axes = plt.subplots(len(chosen), len(columns), squeeze=False, sharey=True, sharex="col",
-                                figsize=(max(5.0, min(13.0, 3.2 * len(columns) + 0.6)), 2.1 * len(chosen) + 0.9))
+    figure, axes = panels(plt, len(chosen), len(columns), 1.7, down=0.35, sharey=True, sharex="col")
     colours = plt.get_cmap("viridis_r")
     for across, (data, parts) in zip(axes, chosen.items()):
         for axis, part in zip(across, columns):
@@ -226,7 +254,7 @@ def plot_spectra(plt, rows: list[Row]):
         axis.set_xlabel("singular value number")
     if len(axes[0][0].get_lines()) <= 5:
         axes[0][0].legend(fontsize=7)
-    figure.suptitle(f"Singular values at step {last}; below the dashed line rounding begins to show")
+    head(figure, f"Singular values at step {last}; below the dashed line rounding begins to show")
     return figure
 
 
@@ -235,13 +263,15 @@ def plot_training(plt, run: Path, rates: list[tuple[int, float]]):
     if not record["train/loss"]:
         return None
     figure, (axis, below) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, height_ratios=(3, 1))
+    figure.subplots_adjust(left=0.09, right=0.98, top=0.93, bottom=0.11, hspace=0.1)
     draw_loss(axis, record, record["train/loss"], "tab:blue", "training loss")
     for number, (step, _) in enumerate(record["relora/reset_count"]):
         for panel in (axis, below):
             panel.axvline(step, color="0.6", linewidth=0.8, linestyle=":", label="merge" if not number else None)
     below.plot(*zip(*(rates or record["trainer/learning_rate"])), color="tab:green", linewidth=1)
     axis.set(ylabel="loss (nats a token, log scale)", title=f"{run.name}: loss and learning rate")
-    below.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
+    below.set(ylabel="learning rate", ylim=(0, None))
+    over_steps(below)
     axis.legend(loc="upper right")
     return figure
 
@@ -262,7 +292,7 @@ def draw_loss(axis, record: dict, points: list[tuple[float, float]], colour: str
 
 def plot_losses(plt, runs: dict[str, Path]):
     """Loss over steps, tokens and seconds of training."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.0), sharey=True)
+    figure, [axes] = panels(plt, 1, 3, 3.3, top=0.2, sharey=True)
     for number, (name, run) in enumerate(runs.items()):
         record = training_record(run)
         if not record["train/loss"]:
@@ -276,7 +306,7 @@ def plot_losses(plt, runs: dict[str, Path]):
             by_time.append((clock, loss))
         for axis, points in zip(axes, (record["train/loss"], by_tokens, by_time)):
             draw_loss(axis, record, points, f"C{number}", name)
-    for axis, label in zip(axes, ("step", "millions of tokens", "seconds of training, on whatever machine that was")):
+    for axis, label in zip(axes, ("step", "millions of tokens", "seconds of training, each on its machine")):
         axis.set_xlabel(label)
     axes[0].set_ylabel("training loss (nats a token, log scale)")
     axes[0].legend(fontsize=8)

@@ -123,10 +123,10 @@ def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: lis
     page, merges = Page(plt, f"{run.name}: learning dynamics", out), [s for s, _ in training_record(run)["relora/reset_count"]]
     depth = max((layer_of(r["component"]) for r in rows if r["value"] is not None), default=0) + 1
 
-    def panels(data: str, metrics: Iterable[str]) -> dict[str, dict[str, list[Line]]]:
+    def lines(data: str, metrics: Iterable[str]) -> dict[str, dict[str, list[Line]]]:
         return {m: {part: layer_lines(plt, layers, m, depth) for part, layers in curves(rows, data, m).items()} for m in metrics}
     page.chapter("Training", facts(config, rows), page.picture("training", plot_training(plt, run, rates)))
-    ranks = sheet(plt, panels("updates since the start", RANKS), "Rank of the cumulative update", LABELS,
+    ranks = sheet(plt, lines("updates since the start", RANKS), "Rank of the cumulative update", LABELS,
                   rank_bounds(config, rows, merges), merges)
     page.chapter("Does the rank of the update grow?", "Effective weight minus that of the first snapshot. Dotted: merges; dashed: "
                  "r for each cycle so far, up to the layer's size.", page.picture("update_rank", ranks), rank_table(rows))
@@ -134,7 +134,7 @@ def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: lis
     page.chapter("Layers by steps", "Proportional effective rank: exp(entropy of the singular values) over their number.",
                  page.picture("heat_per", plot_heat(plt, rows)))
     for data in dict.fromkeys([*CHAPTERS, *(row["data"] for row in rows)]):
-        figure = sheet(plt, panels(data, LABELS), data.capitalize(), axis_labels(rows), merges=merges)
+        figure = sheet(plt, lines(data, LABELS), data.capitalize(), axis_labels(rows), merges=merges)
         page.chapter(data.capitalize(), CHAPTERS.get(data, ""), page.picture(data.replace(" ", "_"), figure),
                      last_table(rows, data))
     page.chapter("Undefined", "Measures without a value, and why.", undefined_table(rows))
@@ -171,13 +171,13 @@ def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], out: P
     page.chapter("Training", "Lines: training loss; markers: loss on held-out rows. Time leaves out evaluation and saving. Ranks "
                  "are means over the layers.", page.picture("loss", plot_losses(plt, runs)), run_table(runs, tables))
     for data in dict.fromkeys([*CHAPTERS, *(row["data"] for rows in tables.values() for row in rows)]):
-        panels: dict[str, dict[str, list[Line]]] = {}
+        lines: dict[str, dict[str, list[Line]]] = {}
         for metric in LABELS:
-            parts = panels.setdefault(metric, defaultdict(list))
+            parts = lines.setdefault(metric, defaultdict(list))
             for number, (name, rows) in enumerate(tables.items()):
                 for part, layers in curves(rows, data, metric).items():
                     parts[part].append(run_line(name, f"C{number}", layers, metric))
-        figure = sheet(plt, panels, f"{data.capitalize()}: mean over layers, and their range",
+        figure = sheet(plt, lines, f"{data.capitalize()}: mean over layers, and their range",
                        LABELS | {metric: f"{LABELS[metric]} with the last step" for metric in ("cka", "pwcca")})
         page.chapter(data.capitalize(), CHAPTERS.get(data, ""), page.picture(data.replace(" ", "_"), figure))
     return page.write()

@@ -11,9 +11,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dist
@@ -39,22 +36,28 @@ def parallelize(model: PicoDecoder, cfg: Config, device: torch.device) -> nn.Mod
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                        gradient_as_bucket_view=True, **{buffers: False})
+    from torch.distributed.device_mesh import init_device_mesh  # here, for what does not shard starts sooner without
+    from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
+def _has_fsdp(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")  # an FSDPModule
+
+
 def wrapping(wrapped: nn.Module) -> str:
     """The name of what `parallelize` has done."""
     if isinstance(wrapped, DistributedDataParallel):
         return "DDP"
-    return "FSDP2" if isinstance(wrapped, FSDPModule) else "no wrapping"
+    return "FSDP2" if _has_fsdp(wrapped) else "no wrapping"
 
 
 def gradient_sync(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Let ranks exchange gradients on the last micro-batch of an update only."""
-    if isinstance(wrapped, FSDPModule):
+    if _has_fsdp(wrapped):
         wrapped.set_requires_gradient_sync(last)
     elif isinstance(wrapped, DistributedDataParallel) and not last:
         return wrapped.no_sync()
@@ -83,7 +86,7 @@ def observed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def reshard(model: nn.Module) -> None:
     """After a forward outside of training FSDP2's root stays whole; touch no parameters before this."""
-    if isinstance(model, FSDPModule):
+    if _has_fsdp(model):
         model.reshard()
 
 
@@ -94,7 +97,7 @@ def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer
     matrices = [p for name, p in trainable if o.optimizer == "muon" and p.dim() == 2 and name.startswith("layers.")]
     rest = [p for _, p in trainable if not any(p is m for m in matrices)]
     # the fused ones read on the device whether to skip: MPS's do not, and SGD's knows no sharded tensors (torch 2.13)
-    sharded = any(isinstance(p, DTensor) for p in rest)
+    sharded = any(map(dist.is_sharded, rest))
     common = {"lr": o.lr, "weight_decay": o.weight_decay,
               "fused": rest[0].device.type != "mps" and not (sharded and o.optimizer == "sgd")}
     if o.optimizer == "sgd":

@@ -51,19 +51,13 @@ def staged(run, step):
     return (run / f"checkpoints/.staging-step_{step}").exists()
 
 
-def test_killed_while_the_first_checkpoint_is_written(runs):
-    kill_while_staging(runs, "first", 0)
-    printed = runs.finish("first")
-    assert "resumed at step" not in printed or "resumed at step 0" in printed  # where only the renaming was left to do
-    runs.same_end("first", "undisturbed")
-
-
-def test_killed_while_a_later_checkpoint_is_written_and_at_a_random_moment(runs):
-    kill_while_staging(runs, "later", 10)
-    moment = random.SystemRandom().randint(soak.lines(runs.folder / "later") + 1, LAST - 2)
-    kill_when(runs, "later", lambda run: soak.lines(run) >= moment)
-    assert "resumed at step" in runs.finish("later"), f"killed again after update {moment}"
-    runs.same_end("later", "undisturbed")
+def test_killed_while_the_first_checkpoint_is_written_then_a_later_one_then_at_a_random_moment(runs):
+    kill_while_staging(runs, "killed", 0)
+    kill_while_staging(runs, "killed", 10)
+    moment = random.SystemRandom().randint(soak.lines(runs.folder / "killed") + 1, LAST - 2)
+    kill_when(runs, "killed", lambda run: soak.lines(run) >= moment)
+    assert "resumed at step" in runs.finish("killed"), f"killed again after update {moment}"
+    runs.same_end("killed", "undisturbed")
 
 
 def test_whichever_process_is_killed_nothing_is_lost_and_no_orphan_trains_on(tmp_path, dataset):

@@ -80,7 +80,7 @@ dist.command(train.main)
 
 def test_every_commit_is_made_once_although_every_third_request_fails(dataset, tmp_path, hub):
     (tmp_path / "off").mkdir()
-    lab.run("train.py", config(dataset, tmp_path / "off"))
+    lab.call("train.py", config(dataset, tmp_path / "off"))
     turn, hub.retry_after = itertools.count(1), 0
     hub.faults = [lambda line: 503 if not line.startswith("AFTER") and next(turn) % 3 == 0 else None,
                   lambda line: "drop" if line == "AFTER Saving HF Model -- Step 3" else None]
@@ -146,5 +146,5 @@ def test_no_more_commits_are_made_in_an_hour_than_the_hub_allows(dataset, tmp_pa
 
 
 def test_save_to_hf_without_a_repository_is_refused(dataset, tmp_path):
-    printed = lab.run("train.py", config(dataset, tmp_path, save_to_hf=True), code=2)
+    printed = lab.call("train.py", config(dataset, tmp_path, save_to_hf=True), code=2)
     assert "checkpointing.hf_checkpoint.repo_id" in printed
