@@ -93,6 +93,8 @@ def session(wanted_device: str = "auto", hang_minutes: float = 30, patience_minu
     a download at the start, after patience_minutes more.
     """
     global _hosts, _patient
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=sys.__stderr__)  # a crash inside a library shows from where it was called
     device = pick_device(wanted_device)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
