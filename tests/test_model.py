@@ -194,7 +194,7 @@ def test_loss_and_all_gradients_are_those_of_float64(B, T, share):
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, p in model.named_parameters():
         error, size = (p.grad - exact[name].grad).norm(), exact[name].grad.norm()
-        assert error <= 1e-5 * size + 1e-12, f"{name}: {error / size:.1e}"  # T = 1: attention has no gradient
+        assert error <= (1e-5 * size or 1e-6), f"{name}: {error:.1e} of {size:.1e}"  # T = 1: the scores have no gradient
 
 
 def test_nothing_scored_is_a_loss_and_gradients_of_zero():

@@ -281,7 +281,8 @@ def test_all_ranks_skip_what_is_not_finite_on_one(here):
 
 def test_a_loss_that_explodes_is_logged_and_not_fatal(here):
     here.train("explodes", "training.optimization.lr=30", *BARE)
-    assert max(here.metrics("explodes").values()) > 20 and len(here.metrics("explodes")) == 20
+    losses = here.metrics("explodes")  # None where not finite, which rounding decides here
+    assert max(filter(None, losses.values())) > 20 and len(losses) == 20
 
 
 def test_a_run_whose_every_loss_is_not_finite_stops_and_says_why(here):
