@@ -149,7 +149,7 @@ def sheet(plt, lines: dict[str, dict[str, list[Line]]], title: str, labels: dict
         return None
     columns = in_order(part for parts in lines.values() for part, found in parts.items() if found)
     labelled = {line.label for parts in lines.values() for found in parts.values() for line in found}
-    few = len(labelled) <= LEGEND
+    few = len(labelled) <= LEGEND or not all(label.startswith("layer ") for label in labelled)  # runs have no scale of colours
     figure, axes = panels(plt, len(lines), len(columns), 1.7, sharex=True, sharey="row",
                           bottom=0.5 + 0.22 * -(-(len(labelled) + 1) // 6) if few else 0.5, right=0.15 if few else 1.0)
     legend: dict[str, Any] = {}

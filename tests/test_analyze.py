@@ -11,6 +11,7 @@ import torch
 
 import analyze
 import lab
+import plots
 import report
 
 DEMO = """
@@ -201,6 +202,15 @@ def test_runs_are_compared(runs, tmp_path):
     (tmp_path / "file").write_text("")
     printed = lab.call("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path / "file/below", code=2)
     assert "cannot be written" in printed
+
+
+def test_many_layers_are_told_by_a_bar_and_many_runs_by_a_legend():
+    plt = plots.pyplot()
+    for kind, legends, axes in (("layer", 0, 2), ("run", 1, 1)):
+        lines = [plots.Line(f"{kind} {n}", "k", [(0, 1.0), (5, 2.0)], [(1.0, 1.0), (2.0, 2.0)]) for n in range(13)]
+        figure = plots.sheet(plt, {"gini": {"swiglu.w_2": lines}}, "title", plots.LABELS)
+        assert (len(figure.legends), len(figure.axes)) == (legends, axes)
+        plt.close(figure)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
