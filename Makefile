@@ -1,4 +1,4 @@
-# make demo   train a small ReLoRA model on Python's own sources, 80 seconds on 2 cores after installing
+# make demo   train a small ReLoRA model on Python's own sources, 80 seconds on 2 fast cores after installing
 # make test   run every test
 # make soak   kill a run 30 times at random moments; it must end as if nothing had been
 PYTHON ?= python3
