@@ -6,18 +6,24 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import connection, forkserver
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import yaml
+from torch.distributed import TCPStore
 
 import dist
 from shards import write_shards
@@ -34,6 +40,7 @@ with dist.session("cpu") as device:
 """
 FAST_PATHS = True  # of the runs of tiny_tree; pytest --plain turns them off
 HALF = "training.optimization.gradient_accumulation_steps=2"  # on two ranks, tiny_tree's micro-batches of 2 rows
+FORKED_FROM = ["lab", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]  # what `forked` finds imported
 SHARED = ROOT.parent / "shared" / "data"  # real data, where it is at hand
 
 
@@ -105,6 +112,53 @@ def run(command: str, *words: object, ranks: int = 0, timeout: float = 180, code
         raise
     assert code is None or process.returncode == code, f"exit code {process.returncode}:\n{out[-2000:]}\n{err[-4000:]}"
     return out + err
+
+
+def forked(command: str, *words: object, ranks: int = 0, timeout: float = 180, code: int = 0,
+           env: dict[str, str] | None = None) -> str:
+    """`run`, in copies of a process that has imported torch already: a third of the processor time.
+
+    Ranks are given their place as torchrun gives it, and its store; if one of them fails the others are killed.
+    """
+    context, place = multiprocessing.get_context("forkserver"), {}
+    context.set_forkserver_preload(FORKED_FROM)
+    with mock.patch.dict(os.environ, ENV, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    if ranks:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    with tempfile.NamedTemporaryFile() as told:
+        copies = []
+        for rank in range(max(1, ranks)):
+            of_rank = {**place, "RANK": rank, "LOCAL_RANK": rank} if ranks else {}
+            all_of_it = {**os.environ, **ENV, **(env or {}), **{key: str(value) for key, value in of_rank.items()}}
+            copies.append(context.Process(target=_copy, args=(told.name, ROOT / command, [str(w) for w in words], all_of_it)))
+            copies[-1].start()
+        running, end = copies, time.monotonic() + timeout
+        try:
+            while running and all(p.exitcode in (None, code) for p in copies) and time.monotonic() < end:
+                connection.wait([p.sentinel for p in running], end - time.monotonic())
+                running = [p for p in running if p.exitcode is None]
+        finally:
+            for process in running:
+                process.kill()
+        text = Path(told.name).read_text()
+    codes = [process.exitcode for process in copies]
+    assert not running and codes == [code] * len(copies), f"exit codes {codes}:\n{text[-6000:]}"
+    return text
+
+
+def _copy(told: str, script: Path, words: list[str], env: dict[str, str]) -> None:
+    """A forked process becomes the command."""
+    file = os.open(told, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = [str(script), *words]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def descendants(pid: int) -> list[int]:
@@ -187,14 +241,14 @@ class Lab:
         """Train the run `name` as its user would, in this process unless it takes several; what was printed."""
         config = self.config(name, relora)
         if ranks:
-            return run("train.py", config, *words, ranks=ranks, code=code)
+            return forked("train.py", config, *words, ranks=ranks, code=code)
         return call("train.py", config, *words, code=code)
 
     def train_in_turn(self, *runs: tuple[str, ...], ranks: int, script: str = IN_TURN) -> str:
-        """Train several runs (name, words ...) under one torchrun, which saves the seconds of its starts."""
+        """Train several runs (name, words ...) in the same processes, one after the other."""
         path = self.folder / "in_turn.py"
         path.write_text(script)
-        return run(path, json.dumps([[str(self.config(name)), *words] for name, *words in runs]), ranks=ranks)
+        return forked(path, json.dumps([[str(self.config(name)), *words] for name, *words in runs]), ranks=ranks)
 
     def copy(self, name: str, new: str, step: int) -> None:
         """The run `new` is `name` as it was when it had written the checkpoint of `step`."""

@@ -260,10 +260,10 @@ def test_paloma_and_blimp_come_from_the_hub_and_are_scored_by_source_on_any_rank
         hub.repos["datasets/lab/blimp"] = {f"{uid}.jsonl": text.encode() for uid, text in texts.items()}
         for ranks in (0, 2):
             out = tmp_path / f"{ranks}.json"
-            lab.run("evaluate.py", folder, "--out", out, "evaluation.metrics=[paloma,blimp]",
-                    "evaluation.paloma.dataset_name=lab/paloma", "evaluation.paloma.batch_size=2",
-                    "evaluation.blimp.dataset_name=lab/blimp", "evaluation.blimp.start_token=eos",
-                    f"data.dataset.cache_dir={tmp_path / f'cache-{ranks}'}", ranks=ranks, env=hub.env(tmp_path / "hf"))
+            lab.forked("evaluate.py", folder, "--out", out, "evaluation.metrics=[paloma,blimp]",
+                       "evaluation.paloma.dataset_name=lab/paloma", "evaluation.paloma.batch_size=2",
+                       "evaluation.blimp.dataset_name=lab/blimp", "evaluation.blimp.start_token=eos",
+                       f"data.dataset.cache_dir={tmp_path / f'cache-{ranks}'}", ranks=ranks, env=hub.env(tmp_path / "hf"))
     alone, together = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (0, 2))
     assert together == alone
     found = alone["paloma"]
@@ -288,6 +288,6 @@ def test_the_command_agrees_with_training_from_any_number_of_ranks(dataset, tmp_
     lab.call("evaluate.py", run)
     assert json.loads((run / "scores" / "step_3.json").read_text())["val"]["loss"] == pytest.approx(trained["loss"], abs=1e-6)
     for ranks in (0, 2):
-        lab.run("evaluate.py", run, "--out", tmp_path / f"{ranks}.json", ranks=ranks)
+        lab.forked("evaluate.py", run, "--out", tmp_path / f"{ranks}.json", ranks=ranks)
         found = json.loads((tmp_path / f"{ranks}.json").read_text())["val"]
         assert found["rows"] == trained["rows"] and found["loss"] == pytest.approx(trained["loss"], abs=1e-6)

@@ -288,8 +288,8 @@ def test_a_model_is_imported_from_the_hub(tmp_path):
     folder = published(tmp_path / "theirs", model, cfg, "pico_decoder")
     with Hub() as hub:
         hub.repos["models/lab/theirs"] = {path.name: path.read_bytes() for path in folder.iterdir()}
-        lab.run("export.py", "import", "lab/theirs", tmp_path / "ours", env=hub.env(tmp_path / "hf"))
-        printed = lab.run("export.py", "import", "lab/none", tmp_path / "none", env=hub.env(tmp_path / "hf"), code=2)
+        lab.forked("export.py", "import", "lab/theirs", tmp_path / "ours", env=hub.env(tmp_path / "hf"))
+        printed = lab.forked("export.py", "import", "lab/none", tmp_path / "none", env=hub.env(tmp_path / "hf"), code=2)
     assert "lab/none" in printed and "Traceback" not in printed and not (tmp_path / "none").exists()
     ids = torch.randint(64, (2, 16))
     with torch.no_grad():

@@ -368,10 +368,10 @@ def test_a_token_is_written_nowhere(tmp_path, dataset, monkeypatch):
     with Hub() as hub:
         hub.faults.append(lambda line: 500 if next(calls) % 3 == 2 else None)
         runs = lab.Lab(tmp_path, dataset)
-        printed = lab.run("train.py", runs.config("secret"), "training.max_steps=2", "checkpointing.save_to_hf=true",
-                          "checkpointing.hf_checkpoint.repo_id=me/model", "monitoring.save_to_wandb=true",
-                          "checkpointing.upload_grace_seconds=3",
-                          env={**hub.env(tmp_path), "HF_TOKEN": token, "HF_DEBUG": "0"})
+        printed = lab.forked("train.py", runs.config("secret"), "training.max_steps=2", "checkpointing.save_to_hf=true",
+                             "checkpointing.hf_checkpoint.repo_id=me/model", "monitoring.save_to_wandb=true",
+                             "checkpointing.upload_grace_seconds=3",
+                             env={**hub.env(tmp_path), "HF_TOKEN": token, "HF_DEBUG": "0"})
         sent = repr((hub.commits, hub.lfs, hub.requests, hub.repos))
     assert "upload" in printed and token in repr(hub.tokens)
     assert token not in printed and token not in sent

@@ -62,7 +62,7 @@ def losses(local, tmp_path_factory):
     """The losses of an undisturbed run on local shards: 20 steps of 8 rows, past the end of the 120."""
     tmp_path = tmp_path_factory.mktemp("undisturbed")
     path = config(tmp_path, local, "local", name=str(local))
-    lab.run("train.py", path, ranks=2)
+    lab.forked("train.py", path, ranks=2)
     return lab.metrics(tmp_path / "runs" / "local")
 
 
@@ -92,7 +92,7 @@ def test_streamed_losses_are_the_local_ones_on_a_bounded_disk(hub, local, losses
     hub.faults = [once("GET /datasets/lab/tiny/resolve", 503), once("train-00002", "truncate", 2)]
     path = config(tmp_path, local, "run")
     with Watch(tmp_path / "cache") as watch:
-        lab.run("train.py", path, ranks=2, env=hub.env(tmp_path / "hf"))
+        lab.forked("train.py", path, ranks=2, env=hub.env(tmp_path / "hf"))
     assert lab.metrics(tmp_path / "runs" / "run") == losses
     assert 1 <= watch.most <= PREFETCH + KEEP + 1
     assert not list((tmp_path / "cache").glob("**/.fetch*"))
@@ -125,13 +125,13 @@ def test_a_hub_gone_for_good_leaves_a_checkpoint_and_a_clear_error(local, losses
     hub.faults = [lambda line: 500 if "train-00003" in line else None]
     path = config(tmp_path, local, "run", patience_minutes=0.1)
     words = ("checkpointing.save_every_n_steps=7", "checkpointing.learning_dynamics.eval_data=null")  # a snapshot of those rows
-    printed = lab.run("train.py", path, *words, ranks=2, env=hub.env(tmp_path / "hf"), code=1, timeout=120)
+    printed = lab.forked("train.py", path, *words, ranks=2, env=hub.env(tmp_path / "hf"), code=2, timeout=120)
     assert "gave up after 0.1 minutes" in printed and "train.py\", line" not in printed  # no traceback of ours
     last = max(lab.metrics(tmp_path / "runs" / "run"))
     assert (tmp_path / "runs" / "run" / "checkpoints" / f"step_{last}" / "manifest.json").exists()
     assert last == 7  # rows 56-63 need shard 3
     hub.faults = []
-    lab.run("train.py", path, *words, ranks=2, env=hub.env(tmp_path / "hf"))
+    lab.forked("train.py", path, *words, ranks=2, env=hub.env(tmp_path / "hf"))
     assert lab.metrics(tmp_path / "runs" / "run") == losses
     assert (tmp_path / "runs/run/checkpoints/step_7/learning_dynamics/train_gradients.pt").exists()
 
@@ -152,16 +152,16 @@ def test_a_signal_while_data_are_waited_for_ends_the_run_in_time(local, losses, 
         process.communicate()
     assert json.loads((run / "exit.json").read_text()) == {"code": 75, "reason": "stopped by SIGTERM", "step": 7}
     hub.faults = []
-    assert "resumed at step 7" in lab.run("train.py", path, ranks=2, env=hub.env(tmp_path / "hf"))
+    assert "resumed at step 7" in lab.forked("train.py", path, ranks=2, env=hub.env(tmp_path / "hf"))
     assert lab.metrics(run) == losses
 
 
 def test_a_deep_resume_fetches_its_shard_first_and_none_before(local, losses, tmp_path, hub):
     path = config(tmp_path, local, "run")
-    lab.run("train.py", path, "training.stop_at_step=13", env=hub.env(tmp_path / "hf"), ranks=2)  # 104 rows: in shard 5
+    lab.forked("train.py", path, "training.stop_at_step=13", env=hub.env(tmp_path / "hf"), ranks=2)  # 104 rows: in shard 5
     shutil.rmtree(tmp_path / "cache")
     hub.requests.clear()
-    lab.run("train.py", path, "training.stop_at_step=14", env=hub.env(tmp_path / "hf"), ranks=2)
+    lab.forked("train.py", path, "training.stop_at_step=14", env=hub.env(tmp_path / "hf"), ranks=2)
     fetched = hub.fetched("lab/tiny")
     assert fetched[0] == "data/train-00005-of-00006.parquet"
     assert set(fetched) <= {"data/train-00005-of-00006.parquet", "data/train-00000-of-00006.parquet"}  # 0: next epoch
@@ -170,19 +170,19 @@ def test_a_deep_resume_fetches_its_shard_first_and_none_before(local, losses, tm
 
 def test_offline_makes_no_calls(local, losses, tmp_path, hub):
     path = config(tmp_path, local, "run", keep_shards=None)
-    lab.run("train.py", path, "training.stop_at_step=10", env=hub.env(tmp_path / "hf"))
+    lab.forked("train.py", path, "training.stop_at_step=10", env=hub.env(tmp_path / "hf"))
     hub.requests.clear()
     offline = {**hub.env(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    lab.run("train.py", path, "training.stop_at_step=10", "checkpointing.run_name=again", env=offline)
+    lab.forked("train.py", path, "training.stop_at_step=10", "checkpointing.run_name=again", env=offline)
     assert lab.metrics(tmp_path / "runs" / "again") == lab.metrics(tmp_path / "runs" / "run")
     shard = next((tmp_path / "cache").glob("**/shard-00000.npy"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    printed = lab.run("train.py", path, "checkpointing.run_name=damaged", env=offline, code=2)
+    printed = lab.forked("train.py", path, "checkpointing.run_name=damaged", env=offline, code=2)
     assert "shard-00000.npy: differs from its checksum" in printed and not (tmp_path / "runs/damaged").exists()
     shutil.rmtree(tmp_path / "cache")
-    printed = lab.run("train.py", path, "checkpointing.run_name=third", env=offline, code=2)
+    printed = lab.forked("train.py", path, "checkpointing.run_name=third", env=offline, code=2)
     assert "HF_HUB_OFFLINE" in printed and not hub.requests
 
 
@@ -193,26 +193,26 @@ def test_offline_makes_no_calls(local, losses, tmp_path, hub):
 def test_a_shard_that_cannot_be_had_is_named(local, tmp_path, hub, fault, words):
     hub.faults = [fault]
     path = config(tmp_path, local, "run", patience_minutes=0.05)
-    printed = lab.run("train.py", path, env=hub.env(tmp_path / "hf"), code=2, timeout=90)
+    printed = lab.forked("train.py", path, env=hub.env(tmp_path / "hf"), code=2, timeout=90)
     assert words in printed and "Traceback" not in printed
 
 
 def test_files_of_unequal_length_are_an_error_not_a_shift(local, tmp_path, hub):
     short = parquet(np.zeros((7, 17), dtype=np.int64))
     hub.repos["datasets/lab/tiny"]["data/train-00002-of-00006.parquet"] = short
-    printed = lab.run("train.py", config(tmp_path, local, "run"), env=hub.env(tmp_path / "hf"), code=2)
+    printed = lab.forked("train.py", config(tmp_path, local, "run"), env=hub.env(tmp_path / "hf"), code=2)
     assert "train-00002" in printed and "7 rows" in printed
 
 
 def test_a_dataset_that_is_not_there_is_one_line(local, tmp_path, hub):
-    printed = lab.run("train.py", config(tmp_path, local, "run", name="lab/none"), env=hub.env(tmp_path / "hf"), code=2)
+    printed = lab.forked("train.py", config(tmp_path, local, "run", name="lab/none"), env=hub.env(tmp_path / "hf"), code=2)
     assert printed.count("error: ") == 1 and "data.dataset.name: 'lab/none'" in printed
     assert not (tmp_path / "runs").exists()
 
 
 def test_download_and_show_agree_with_the_local_rows(local, tmp_path, hub):
     env, out = hub.env(tmp_path / "hf"), tmp_path / "mine"
-    lab.run("shards.py", "download", "lab/tiny", "--shards", "1:3", "--out", out, "--tokenizer", "lab/words",
+    lab.forked("shards.py", "download", "lab/tiny", "--shards", "1:3", "--out", out, "--tokenizer", "lab/words",
             "--vocab-size", 64, env=env)
     rows = np.load(local / "train" / "shard-00000.npy")
     got = np.concatenate([np.load(path) for path in sorted((out / "train").glob("*.npy"))])

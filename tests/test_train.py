@@ -157,7 +157,7 @@ def test_a_known_fault_of_the_merge_is_only_reported(here):
 def test_a_merge_that_changes_the_function_stops_the_run(here):
     script = here.folder / "broken_merge.py"
     script.write_text(BROKEN_MERGE)
-    printed = lab.run(script, here.config("broken"), code=1)
+    printed = lab.forked(script, here.config("broken"), code=1)
     assert "error: step 5: the merge changed the logits" in printed and "Traceback" not in printed
     end = json.loads((here.folder / "broken/exit.json").read_text())
     assert (end["code"], end["step"]) == (1, 5) and "the merge changed the logits" in end["reason"]
@@ -355,8 +355,8 @@ def test_a_new_epoch_is_told(worlds, here, every):
 def test_compiled_blocks_train_as_the_plain_ones_do(here):
     words = ("model.n_layers=1", "training.max_steps=3", "model.relora.lora_dropout=0", "training.micro_batch_size=4")
     here.train("plain", *words, *BARE)
-    lab.run("train.py", here.config("compiled"), *words, "training.compile=true", "evaluation.metrics=null",
-            "checkpointing.save_every_n_steps=1000")  # with the snapshots of the first step and the last
+    lab.forked("train.py", here.config("compiled"), *words, "training.compile=true", "evaluation.metrics=null",
+               "checkpointing.save_every_n_steps=1000")  # with the snapshots of the first step and the last
     close(here.metrics("compiled"), here.metrics("plain"), abs=1e-4)
 
 

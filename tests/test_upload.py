@@ -86,9 +86,9 @@ def test_every_commit_is_made_once_although_every_third_request_fails(dataset, t
                   lambda line: "drop" if line == "AFTER Saving HF Model -- Step 3" else None]
     env = {**hub.env(tmp_path / "hf"), "HF_TOKEN": "hf_secret_of_this_test"}
     (tmp_path / "timed.py").write_text(TIMED)
-    printed = lab.run(tmp_path / "timed.py", config(dataset, tmp_path, **uploads()), env=env)
+    printed = lab.forked(tmp_path / "timed.py", config(dataset, tmp_path, **uploads()), env=env)
     assert float(re.search(r"uploads took (\S+) of the training thread", printed)[1]) <= 0.01
-    lab.run("export.py", "upload", tmp_path / "runs" / "run", env=env)  # nothing is left, or what is
+    lab.forked("export.py", "upload", tmp_path / "runs" / "run", env=env)  # nothing is left, or what is
     made = hub.commits["models/lab/model", "run"]
     assert sorted(commit["title"] for commit in made) == expected_titles()
     for commit in made:
@@ -110,11 +110,11 @@ def test_every_commit_is_made_once_although_every_third_request_fails(dataset, t
 def test_a_hub_that_is_away_does_not_disturb_training_and_the_rest_goes_up_later(dataset, tmp_path, hub):
     hub.faults = [lambda line: 500]
     env = hub.env(tmp_path / "hf")
-    printed = lab.run("train.py", config(dataset, tmp_path, **uploads()), "checkpointing.upload_grace_seconds=1", env=env)
+    printed = lab.forked("train.py", config(dataset, tmp_path, **uploads()), "checkpointing.upload_grace_seconds=1", env=env)
     assert "python export.py upload" in printed
     assert json.loads((tmp_path / "runs" / "run" / "exit.json").read_text())["code"] == 0
     hub.faults = []
-    printed = lab.run("export.py", "upload", tmp_path / "runs" / "run", env=env)
+    printed = lab.forked("export.py", "upload", tmp_path / "runs" / "run", env=env)
     assert f"{len(expected_titles()) - 1} commits made" in printed
     assert sorted(commit["title"] for commit in hub.commits["models/lab/model", "run"]) == expected_titles()
 
@@ -122,13 +122,13 @@ def test_a_hub_that_is_away_does_not_disturb_training_and_the_rest_goes_up_later
 def test_what_a_hub_that_was_away_did_not_take_goes_up_at_the_next_start(dataset, tmp_path, hub):
     words, env = uploads(upload_grace_seconds=0.5), hub.env(tmp_path / "hf")
     hub.faults = [lambda line: 500]
-    lab.run("train.py", config(dataset, tmp_path, **words), env=env)
+    lab.forked("train.py", config(dataset, tmp_path, **words), env=env)
     assert not hub.commits
     hub.faults = []
-    lab.run("train.py", config(dataset, tmp_path, **uploads()), env=env)  # trained already
+    lab.forked("train.py", config(dataset, tmp_path, **uploads()), env=env)  # trained already
     assert sorted(commit["title"] for commit in hub.commits["models/lab/model", "run"]) == expected_titles()
     shutil.rmtree(tmp_path / "runs/run")
-    printed = lab.run("train.py", config(dataset, tmp_path, **uploads()), "training.seed=1", env=env)
+    printed = lab.forked("train.py", config(dataset, tmp_path, **uploads()), "training.seed=1", env=env)
     assert f"branch run holds {len(expected_titles()) - 1} commits of an earlier run of this name" in printed
 
 
