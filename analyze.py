@@ -131,7 +131,8 @@ def compared(run: Snapshots, step: int, request: Request, metrics: list[str], he
                 reason = f"the snapshot of step {target} holds no such layer"
             except measures.Undefined as why:
                 reason = str(why)
-            rows.append(here | {"other_step": target, "component": matrix.name, "metric": metric, "value": value, "reason": reason})
+            rows.append(here | {"other_step": target, "component": matrix.name, "metric": metric, "value": value,
+                                "reason": reason})
     return rows
 
 
@@ -139,7 +140,8 @@ def analyse(run: Snapshots, requests: list[Request], steps: Iterable[int], out: 
     """Rows of all steps, measured or from the cache; where that cannot be written, they are measured each time."""
     rows: dict[tuple, Row] = {}  # what two requests ask for is told once
     fingerprints = {step: run.fingerprint(step) for step in run.folders}
-    code = [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in (__file__, components.__file__, measures.__file__)]
+    files = (__file__, components.__file__, measures.__file__)
+    code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
     for step in tqdm(steps, desc=f"analysing {run.path}", unit=" steps", disable=None):
         for request in requests:
             read = [(s, fingerprints[s]) for s in steps_read(run, step, request)]

@@ -126,7 +126,8 @@ class TokenDataset:
                 found = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else "several arrays"
                 raise DataError(f"{path}: holds {found}, but {INDEX} says {want[0]} {want[1]}")
             if "sha256" in entry and sha256(path) != entry["sha256"]:  # 0.1 s for a shard of the Dolma
-                raise DataError(f"{path}: differs from its checksum in {INDEX}: a bit has flipped; delete it and make or fetch it again")
+                raise DataError(f"{path}: differs from its checksum in {INDEX}: a bit has flipped; delete it and make or "
+                                "fetch it again")
             self._maps[number] = array
         return self._maps[number]
 

@@ -137,8 +137,8 @@ def open_rows(name: str, split: str, key: str, cfg: Config) -> TokenDataset:
     except UserError as error:
         raise ConfigError(f"{key}: {name!r} cannot be had ({error}); give a folder made by shards.py, or null") from None
     if rows.vocab_size > cfg.model.vocab_size:
-        raise ConfigError(f"{key}: {name!r} holds ids up to {rows.vocab_size - 1}, and the model knows {cfg.model.vocab_size}; give "
-                          f"rows of the model's own tokenizer, or null")
+        raise ConfigError(f"{key}: {name!r} holds ids up to {rows.vocab_size - 1}, and the model knows "
+                          f"{cfg.model.vocab_size}; give rows of the model's own tokenizer, or null")
     return rows
 
 

@@ -194,7 +194,8 @@ def _our_config(found: Any, folder: Path) -> ModelConfig:
              "max_seq_len": "max_position_embeddings", "attention_n_heads": "num_attention_heads",
              "activation_hidden_dim": "intermediate_size"}
     if str(found.get("model_type")).startswith("pico"):
-        raise CheckpointError(f"{folder}: is a published Pico model; make it one of ours with: python export.py import {folder} OUT")
+        raise CheckpointError(f"{folder}: is a published Pico model; make it one of ours with: "
+                              f"python export.py import {folder} OUT")
     try:
         rope = found.get("rope_parameters") or {}
         tree = {ours: found[theirs] for ours, theirs in names.items()}

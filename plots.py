@@ -181,7 +181,8 @@ def sheet(plt, lines: dict[str, dict[str, list[Line]]], title: str, labels: dict
         width, height = figure.get_size_inches()
         tall = min(4.0, height - 1.15)
         bar = figure.add_axes((1 - 0.8 / width, 1 - (0.65 + tall) / height, 0.15 / width, tall / height))
-        figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(min(layers), max(layers)), plt.get_cmap("viridis_r")), bar, label="layer")
+        colors = plt.cm.ScalarMappable(plt.Normalize(min(layers), max(layers)), plt.get_cmap("viridis_r"))
+        figure.colorbar(colors, bar, label="layer")
     return figure
 
 

@@ -128,8 +128,8 @@ def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: lis
     page.chapter("Training", facts(config, rows), page.picture("training", plot_training(plt, run, rates)))
     ranks = sheet(plt, lines("updates since the start", RANKS), "Rank of the cumulative update", LABELS,
                   rank_bounds(config, rows, merges), merges)
-    page.chapter("Does the rank of the update grow?", "Effective weight minus that of the first snapshot. Dotted: merges; dashed: "
-                 "r for each cycle so far, up to the layer's size.", page.picture("update_rank", ranks), rank_table(rows))
+    page.chapter("Does the rank of the update grow?", "Effective weight minus that of the first snapshot. Dotted: merges; "
+                 "dashed: r for each cycle so far, up to the layer's size.", page.picture("update_rank", ranks), rank_table(rows))
     page.chapter("Spectra", "", page.picture("spectra", plot_spectra(plt, rows)))
     page.chapter("Layers by steps", "Proportional effective rank: exp(entropy of the singular values) over their number.",
                  page.picture("heat_per", plot_heat(plt, rows)))

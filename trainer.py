@@ -105,8 +105,8 @@ def starting_weights(cfg: Config) -> dict[str, Tensor]:
                 "norm_eps", "position_emb_theta"):
         theirs, ours = getattr(found, key), getattr(cfg.model, key)
         if theirs != ours:
-            raise ConfigError(f"training.start_from: {cfg.training.start_from} has {key} {theirs!r}, and model.{key} is {ours!r}; "
-                              f"use model.{key}={theirs}")
+            raise ConfigError(f"training.start_from: {cfg.training.start_from} has {key} {theirs!r}, and model.{key} is "
+                              f"{ours!r}; use model.{key}={theirs}")
     return weights
 
 

@@ -41,7 +41,7 @@ class DataLoaderConfig:
 
 @dataclass
 class TokenizerConfig:
-    name: str = "allenai/OLMo-7B-0724-hf"  # a folder or a Hub model, for a dataset of more than bytes that holds no tokenizer.json
+    name: str = "allenai/OLMo-7B-0724-hf"  # a folder or a Hub model, for a dataset of more than bytes without a tokenizer.json
     vocab_size: int = 50304  # unused, kept for pico-train's files: see model.vocab_size
 
 

@@ -59,7 +59,8 @@ def check(cfg: Config, values: dict[str, Any]) -> None:
     if (dynamics := cfg.checkpointing.learning_dynamics) is not None:
         need(-m.max_seq_len <= dynamics.sequence_idx < m.max_seq_len, "checkpointing.learning_dynamics.sequence_idx",
              f"is no position of {m.max_seq_len} tokens")
-        need(bool(dynamics.layer_suffixes), "checkpointing.learning_dynamics.layer_suffixes", "names no layers; use null for none")
+        need(bool(dynamics.layer_suffixes), "checkpointing.learning_dynamics.layer_suffixes",
+             "names no layers; use null for none")
     need(cfg.evaluation.paloma.max_length >= 2, "evaluation.paloma.max_length", "holds no input and label; use 2 or more")
     if cfg.checkpointing.run_name is not None:
         need(_plain(cfg.checkpointing.run_name), "checkpointing.run_name", "must be one plain folder name")
@@ -92,8 +93,8 @@ def check_strategy(cfg: Config, world: int) -> None:
     """Raise ConfigError for what torch cannot do on `world` ranks."""
     relora = cfg.model.relora
     if (cfg.training.optimization.optimizer, cfg.training.strategy) == ("muon", "fsdp") and relora and relora.r < world:
-        raise ConfigError(f"model.relora.r: {relora.r} rows cannot be sharded over {world} ranks for muon; use r={world} or more, "
-                          f"or training.strategy=ddp")
+        raise ConfigError(f"model.relora.r: {relora.r} rows cannot be sharded over {world} ranks for muon; use r={world} or "
+                          f"more, or training.strategy=ddp")
 
 
 def warnings(cfg: Config, world: int, device: str) -> list[str]:

@@ -229,7 +229,8 @@ def test_the_slurm_script_requeues_what_was_preempted_and_nothing_else(tmp_path,
     """The real script in a real shell; srun and scontrol, which only a cluster has, are stand-ins that take notes."""
     (tmp_path / "runs/slurm-7").mkdir(parents=True)
     (tmp_path / "runs/slurm-7/exit.json").write_text('{"code": 75}')  # of the start before, which was preempted
-    for name, body in (("srun", f'[ "{code}" = None ] || echo \'{{"code": {code}, "step": 3}}\' > runs/slurm-7/exit.json; exit 1'),
+    told = f'{{"code": {code}, "step": 3}}'
+    for name, body in (("srun", f"[ '{code}' = None ] || echo '{told}' > runs/slurm-7/exit.json; exit 1"),
                        ("scontrol", '[ "$1" = show ] && echo "$3" || echo "$@" >> scontrol.txt')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)

@@ -127,9 +127,10 @@ def test_a_run_cannot_be_named_out_of_its_folder(tmp_path, tree, name):
                                    ("evaluation.metrics=[blimp]", "evaluation.blimp.dataset_name=tests"),
                                    ("data.dataset.name=tests",), ("training.micro_batch_size=3",),
                                    *((f"checkpointing.{key}={json.dumps(value)}",) for key, value in (
-                                       ("fabric_checkpoint_dir", "."), ("fabric_checkpoint_dir", "../ts"), ("checkpoints_dir", "/abs"),
-                                       ("fabric_checkpoint_dir", ""), ("learning_dynamics_dir", "training_state"),
-                                       ("learning_dynamics_dir", "a:b"), ("fabric_checkpoint_filename", "../../x.pt"),
+                                       ("fabric_checkpoint_dir", "."), ("fabric_checkpoint_dir", "../ts"),
+                                       ("checkpoints_dir", "/abs"), ("fabric_checkpoint_dir", ""),
+                                       ("learning_dynamics_dir", "training_state"), ("learning_dynamics_dir", "a:b"),
+                                       ("fabric_checkpoint_filename", "../../x.pt"),
                                        ("evaluation.eval_results_dir", "x/y"), ("run_name", "x" * 300), ("run_name", "\ud800"),
                                        ("learning_dynamics.sequence_idx", 16), ("learning_dynamics.sequence_idx", -17),
                                        ("learning_dynamics.layer_suffixes", []))),
@@ -189,7 +190,8 @@ def test_a_shard_with_any_change_is_refused(tmp_path_factory, dataset, seed):
     ({"a.jsonl": b'{"text": 5}'}, ()), ({"a.jsonl": b"[1]"}, ()), ({"a.jsonl": b'{"text": "\\ud800"}'}, ()), ({}, ()),
     ({"a.txt": b"text " * 99}, ("--row-length", "1")), ({"a.txt": b"text " * 99}, ("--row-length", "-5")),
     ({"a.txt": b"text " * 99}, ("--val-share", "1")), ({"a.txt": b"text " * 99}, ("--tokenizer", "nowhere.json")),
-    ({"a.txt": b"text " * 99}, ("--vocab-size", "5")), ({"a.txt": b"text " * 99}, ("--vocab-size", "3000000000")), ({"a.txt": b"text " * 99}, ("--val-share", "nan"))],
+    ({"a.txt": b"text " * 99}, ("--vocab-size", "5")), ({"a.txt": b"text " * 99}, ("--vocab-size", "3000000000")),
+    ({"a.txt": b"text " * 99}, ("--val-share", "nan"))],
     ids=lambda value: str(value)[:40])
 def test_a_corpus_without_anything_to_learn_is_refused_and_leaves_nothing(tmp_path, texts, words):
     for name, content in texts.items():
@@ -281,7 +283,8 @@ def test_a_damaged_model_folder_is_refused(tmp_path, run, file, content):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04cut", pickle.dumps([1, 2]), pickle.dumps({"a": 5}), pickle.dumps({5: 5})])
 def test_weights_that_are_none_are_not_imported(tmp_path, content):
     (tmp_path / "published").mkdir()
-    (tmp_path / "published/config.json").write_text('{"model_type": "pico_decoder", "d_model": 32, "n_layers": 1, "vocab_size": 64}')
+    (tmp_path / "published/config.json").write_text(
+        '{"model_type": "pico_decoder", "d_model": 32, "n_layers": 1, "vocab_size": 64}')
     (tmp_path / "published/pytorch_model.bin").write_bytes(content)
     refuse(tmp_path, "export.py", "import", tmp_path / "published", tmp_path / "made")
 
@@ -295,7 +298,8 @@ def test_a_training_state_of_other_contents_is_refused(tmp_path, run, change):
     manifest = json.loads((step / "manifest.json").read_text())
     manifest["files"]["training_state/checkpoint.pt"] = {"size": path.stat().st_size, "sha256": files.sha256(path)}
     (step / "manifest.json").write_text(json.dumps(manifest))
-    printed = lab.call("train.py", run / "training_config.yaml", f"checkpointing.runs_dir={tmp_path}", "training.max_steps=3", code=2)
+    printed = lab.call("train.py", run / "training_config.yaml", f"checkpointing.runs_dir={tmp_path}",
+                       "training.max_steps=3", code=2)
     assert printed.count("error: ") == 1 and "Traceback" not in printed
 
 
@@ -315,7 +319,8 @@ def test_an_index_of_other_contents_is_refused(tmp_path, dataset, change):
     refuse(tmp_path, "train.py", lab.write_config(tmp_path / "a.yaml", lab.tiny_tree(tmp_path / "set", tmp_path / "runs")))
 
 
-@pytest.mark.parametrize("line", ["5", "[]", '{"UID": 1, "linguistics_term": "t", "sentence_good": "a", "sentence_bad": "b"}', ""])
+@pytest.mark.parametrize("line", [
+    "5", "[]", '{"UID": 1, "linguistics_term": "t", "sentence_good": "a", "sentence_bad": "b"}', ""])
 def test_pairs_that_are_none_are_refused(tmp_path, tree, line):
     (tmp_path / "blimp").mkdir()
     (tmp_path / "blimp/a.jsonl").write_text(line)
