@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import dist
 from config import CheckpointingConfig, Config, ConfigError, UserError, contradictions, to_dict
-from files import STAGING, NoRoom, fsync, full_disk, need_room, sha256, write_text
+from files import STAGING, NoRoom, fsync, full_disk, need_room, set_aside, sha256, write_text
 
 MANIFEST = "manifest.json"
 
@@ -162,16 +162,6 @@ def _replace(folder: Path, staged: Path, entries: dict[str, dict]) -> None:
 
 def mark_latest(folder: Path) -> None:
     write_text(folder.parent / "latest", f"{folder.name}\n")
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename a folder that is no checkpoint out of the way, keeping it."""
-    for number in range(1, 10_000):
-        target = folder.with_name(f"{folder.name}.aside-{number}")
-        if not target.exists():
-            os.rename(folder, target)
-            return target
-    raise CheckpointError(f"{folder}: too many copies set aside; delete some")
 
 
 class Saver:

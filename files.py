@@ -57,6 +57,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder that cannot be used out of the way, keeping it; its new path."""
+    for number in range(1, 10_000):
+        target = path.with_name(f"{path.name}.aside-{number}")
+        if not target.exists():
+            os.rename(path, target)
+            return target
+    raise UserError(f"{path}: too many copies set aside; delete some")
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 import dist
 import guard
-from checkpoint import set_aside
 from config import Config, UserError, to_dict
-from files import finite, write_json, write_text
+from files import finite, set_aside, write_json, write_text
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 

@@ -118,34 +118,36 @@ def forked(command: str, *words: object, ranks: int = 0, timeout: float = 180, c
            env: dict[str, str] | None = None) -> str:
     """`run`, in copies of a process that has imported torch already: a third of the processor time.
 
-    Ranks are given their place as torchrun gives it, and its store; if one of them fails the others are killed.
+    Ranks are given their place as torchrun gives it, and its store. Each must end with `code`; once one has not, or after
+    the timeout, all are killed.
     """
-    context, place = multiprocessing.get_context("forkserver"), {}
+    context, places = multiprocessing.get_context("forkserver"), [{}]
     context.set_forkserver_preload(FORKED_FROM)
     with mock.patch.dict(os.environ, ENV, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
     if ranks:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                   "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                   "TORCHELASTIC_USE_AGENT_STORE": "True"} for rank in range(ranks)]
     with tempfile.NamedTemporaryFile() as told:
-        copies = []
-        for rank in range(max(1, ranks)):
-            of_rank = {**place, "RANK": rank, "LOCAL_RANK": rank} if ranks else {}
-            all_of_it = {**os.environ, **ENV, **(env or {}), **{key: str(value) for key, value in of_rank.items()}}
-            copies.append(context.Process(target=_copy, args=(told.name, ROOT / command, [str(w) for w in words], all_of_it)))
-            copies[-1].start()
-        running, end = copies, time.monotonic() + timeout
+        copies = [context.Process(target=_copy, args=(told.name, ROOT / command, [str(word) for word in words],
+                                                      {**os.environ, **ENV, **(env or {}), **place})) for place in places]
+        end = time.monotonic() + timeout
         try:
-            while running and all(p.exitcode in (None, code) for p in copies) and time.monotonic() < end:
-                connection.wait([p.sentinel for p in running], end - time.monotonic())
-                running = [p for p in running if p.exitcode is None]
+            for process in copies:
+                process.start()
+            while (running := [p.sentinel for p in copies if p.exitcode is None]) and time.monotonic() < end:
+                if any(p.exitcode not in (None, code) for p in copies):
+                    break
+                connection.wait(running, end - time.monotonic())
         finally:
-            for process in running:
-                process.kill()
-        text = Path(told.name).read_text()
-    codes = [process.exitcode for process in copies]
-    assert not running and codes == [code] * len(copies), f"exit codes {codes}:\n{text[-6000:]}"
+            for process in copies:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        text, codes = Path(told.name).read_text(), [process.exitcode for process in copies]
+    assert codes == [code] * len(copies), f"exit codes {codes}:\n{text[-6000:]}"
     return text
 
 
