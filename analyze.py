@@ -28,15 +28,13 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-import components
-import dist
-import measures
-import report
-from components import KINDS, AnalysisError, Matrix, Request, Row, bases, matrices, target_of, updates
 from config import ConfigError, config_from_dict
-from dynamics import Snapshots
-from files import write_text
+from instruments import components, measures, report
+from instruments.components import KINDS, AnalysisError, Matrix, Request, Row, bases, matrices, target_of, updates
+from instruments.snapshots import Snapshots
 from relora import learning_rate_multiplier
+from runtime import dist
+from runtime.files import write_text
 
 PAIRED = {"cka": measures.cka, "pwcca": measures.pwcca}
 SINGLE = ("per", "effective_rank", "numerical_rank", "condition_number", "gini", "hoyer", "norm_frobenius", "norm_nuclear",

@@ -31,13 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 
-import dist
-import parquet
-import timing
 from config import Config, UserError, load_config
-from export import byte_tokenizer_json
+from hub import parquet
+from hub.llama import byte_tokenizer_json
+from instruments import timing
 from model import PicoDecoder
-from run import Progress
+from runtime import dist
+from runtime.run_folder import Progress
 from shards import write_shards
 from trainer import Trainer, build
 

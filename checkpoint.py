@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import dist
 from config import CheckpointingConfig, Config, ConfigError, UserError, contradictions, to_dict
-from files import STAGING, NoRoom, fsync, full_disk, need_room, set_aside, sha256, write_text
+from runtime import dist
+from runtime.files import STAGING, NoRoom, fsync, full_disk, need_room, set_aside, sha256, write_text
 
 MANIFEST = "manifest.json"
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from files import sha256
+from runtime.files import sha256
 
 INDEX = "index.json"
 END_OF_TEXT = "<|endoftext|>"

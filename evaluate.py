@@ -25,16 +25,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import blimp
-import dist
-import guard
 from config import Config, ConfigError, UserError, config_from_dict, load_config
 from data import INDEX, TokenDataset, Tokenizer, load_tokenizer, read_index, to_device
-from export import load_decoder, resolve
-from files import write_json
-from hub import local_or_hub
-from kernels import IGNORE
-from wrap import observed
+from hub.datasets import local_or_hub
+from hub.llama import load_decoder, resolve
+from instruments import blimp
+from runtime import dist, guard
+from runtime.files import write_json
+from runtime.kernels import IGNORE
+from runtime.wrap import observed
 
 T = TypeVar("T")
 TIDY_TURNS = 64  # of an evaluation, between two calls of return_free_memory

@@ -1,281 +1,21 @@
-"""Hugging Face folders: our weights as a plain Llama, adapters merged, no remote code; and published weights as ours.
+"""Hugging Face folders, out and in: weights as a plain Llama, adapters merged; published weights as ours; uploads.
 
     python export.py hf runs/demo OUT --dtype bfloat16      # a run's newest step for transformers, vLLM, llama.cpp
     python export.py import pico-lm/pico-decoder-tiny OUT   # a published Pico model, or a Llama folder, to use here
     python export.py upload runs/demo                       # what a run has not yet uploaded
-
-LlamaForCausalLM is the same architecture with rotary positions over half-split instead of interleaved pairs, so the
-rows of q_proj and k_proj are permuted head by head; everything else is a change of names.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import pickle
-import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-import dist
-import upload
-from checkpoint import CheckpointError, Writer, compare_states, load_model_state, publish, step_folders, tensor_bytes
-from config import CheckpointingConfig, ConfigError, ModelConfig, ReLoRAConfig, config_from_dict, load_config
-from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
-from model import PicoDecoder
-from relora import apply_relora, merged_state
+from checkpoint import CheckpointError, publish
+from hub import llama, uploads
+from runtime import dist
 
-# our name below layers.{i} -> Llama's below model.layers.{i}
-LAYER_NAMES = {
-    "attention_norm": "input_layernorm", "swiglu_norm": "post_attention_layernorm",
-    "attention.q_proj": "self_attn.q_proj", "attention.k_proj": "self_attn.k_proj",
-    "attention.v_proj": "self_attn.v_proj", "attention.o_proj": "self_attn.o_proj",
-    "swiglu.w_0": "mlp.gate_proj", "swiglu.w_1": "mlp.up_proj", "swiglu.w_2": "mlp.down_proj",
-}
-TOP_NAMES = {"embedding_proj": "model.embed_tokens", "output_norm": "model.norm", "de_embedding_proj": "lm_head"}
-
-
-def llama_names(cfg: ModelConfig) -> dict[str, str]:
-    """{our parameter name: Llama's} of a plain decoder."""
-    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in TOP_NAMES.items()}
-    for i in range(cfg.n_layers):
-        names |= {f"layers.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight"
-                  for ours, theirs in LAYER_NAMES.items()}
-    return names
-
-
-def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows (heads * head_dim, in) from interleaved pairs (0, 1), (2, 3), ... to halves: all firsts, all seconds."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def llama_state(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """A plain decoder's state dict under Llama's names and layout."""
-    heads = {"q_proj": cfg.attention_n_heads, "k_proj": cfg.attention_n_kv_heads}
-    result = {}
-    for ours, theirs in llama_names(cfg).items():
-        leaf = ours.split(".")[-2]
-        result[theirs] = half_split(state[ours], heads[leaf]) if leaf in heads else state[ours]
-    return result
-
-
-def llama_config(cfg: ModelConfig, eos: int | None, pad: int | None, dtype: torch.dtype) -> dict:
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": cfg.d_model, "intermediate_size": cfg.activation_hidden_dim,
-        "num_hidden_layers": cfg.n_layers, "num_attention_heads": cfg.attention_n_heads,
-        "num_key_value_heads": cfg.attention_n_kv_heads, "head_dim": cfg.d_model // cfg.attention_n_heads,
-        "rms_norm_eps": cfg.norm_eps, "rope_theta": cfg.position_emb_theta,
-        "max_position_embeddings": cfg.max_seq_len, "vocab_size": cfg.vocab_size, "tie_word_embeddings": False,
-        "attention_bias": False, "mlp_bias": False, "bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def byte_tokenizer_json() -> dict:
-    """ByteTokenizer as a tokenizer.json: a BPE without merges over GPT-2's printable names of the 256 bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    end = {"id": ByteTokenizer.eos, "content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False,
-           "normalized": False, "special": True}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
-            "pre_tokenizer": level, "post_processor": None, "decoder": level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                      "vocab": vocab | {END_OF_TEXT: ByteTokenizer.eos}, "merges": []}}
-
-
-def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
-            dtype: torch.dtype = torch.float32) -> dict[str, Writer]:
-    """The files of a plain Llama folder, {name: writer}, from a plain decoder's state dict."""
-    tokenizer, known = load_tokenizer(tokenizer_folder), (tokenizer_folder / "tokenizer.json")
-    eos, pad = (i if i is not None and i < cfg.vocab_size else None for i in (tokenizer.eos, tokenizer.pad))
-
-    def as_json(value: dict) -> Writer:
-        return Writer(lambda path: path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
-
-    def weights(path: Path) -> None:
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in llama_state(state, cfg).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    names = {"eos_token": tokenizer.text_of(eos), "pad_token": tokenizer.text_of(pad)}
-    return {
-        "config.json": as_json(llama_config(cfg, eos, pad, dtype)),
-        "generation_config.json": as_json({"eos_token_id": eos, "pad_token_id": pad, "do_sample": True}),
-        "model.safetensors": Writer(weights, tensor_bytes(state)),
-        "tokenizer.json": Writer(lambda path: shutil.copy(known, path)) if known.exists() else as_json(byte_tokenizer_json()),
-        "tokenizer_config.json": as_json({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces":
-                                          False, "model_max_length": cfg.max_seq_len}
-                                         | {key: text for key, text in names.items() if text is not None}),
-    }
-
-
-# ---- reading a Llama folder back -----------------------------------------------------------------------------
-
-def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """The inverse of half_split."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def resolve(path: str | Path) -> Path:
-    """A step or model folder as it is; for a run folder its newest step. Raises UserError."""
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    run = path / "training_config.yaml"
-    options = load_config(run).checkpointing if run.is_file() else CheckpointingConfig()
-    steps = [s for folder in (path, path / options.checkpoints_dir) for s in step_folders(folder)
-             if (s / "config.json").is_file()]
-    if not steps:
-        raise CheckpointError(f"{path}: neither a run, nor a checkpoint's step_N, nor a model folder")
-    return steps[0]
-
-
-def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The decoder in a run's newest step, a step folder, or a Llama folder of the same architecture.
-
-    Returns its configuration and its float32 state dict under our names, adapters merged. Raises CheckpointError
-    listing what is missing, unexpected or misshapen.
-    """
-    folder = resolve(path)
-    found, tensors = read_folder(folder)
-    cfg = _our_config(found, folder)
-    compare_states(llama_state(parameters_of(cfg), cfg), tensors, folder)
-    heads = {"q_proj": cfg.attention_n_heads, "k_proj": cfg.attention_n_kv_heads}
-    state = {}
-    for ours, theirs in llama_names(cfg).items():
-        leaf, tensor = ours.split(".")[-2], tensors[theirs].float()
-        state[ours] = interleaved(tensor, heads[leaf]) if leaf in heads else tensor
-    return cfg, state
-
-
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, {name: tensor}) of a model folder whose weights are safetensors, in one file or several, or one .bin."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        index, old = folder / "model.safetensors.index.json", folder / "pytorch_model.bin"
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
-        if not index.is_file() and not (folder / files[0]).is_file() and old.is_file():
-            tensors = torch.load(old, map_location="cpu", weights_only=True)
-        else:
-            tensors = {name: tensor for file in files for name, tensor in load_file(folder / Path(file).name).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, RecursionError, SafetensorError,
-            pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder}: cannot be read as a model folder ({' '.join(str(error).split())[:200]})") from None
-    if not (isinstance(found, dict) and isinstance(tensors, dict)
-            and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items())):
-        raise CheckpointError(f"{folder}: config.json is no object, or its weights are not tensors by name")
-    return found, tensors
-
-
-def parameters_of(cfg: ModelConfig) -> dict[str, Tensor]:
-    """The names and shapes of a model's parameters; no numbers."""
-    with torch.device("meta"):
-        model = PicoDecoder(cfg)
-        if cfg.relora is not None:
-            apply_relora(model, cfg.relora)
-    return model.state_dict()
-
-
-def _our_config(found: Any, folder: Path) -> ModelConfig:
-    """The configuration that a Llama config.json describes. Raises CheckpointError for what would compute otherwise."""
-    names = {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "vocab_size": "vocab_size",
-             "max_seq_len": "max_position_embeddings", "attention_n_heads": "num_attention_heads",
-             "activation_hidden_dim": "intermediate_size"}
-    if str(found.get("model_type")).startswith("pico"):
-        raise CheckpointError(f"{folder}: is a published Pico model; make it one of ours with: "
-                              f"python export.py import {folder} OUT")
-    try:
-        rope = found.get("rope_parameters") or {}
-        tree = {ours: found[theirs] for ours, theirs in names.items()}
-        tree |= {"attention_n_kv_heads": found.get("num_key_value_heads") or found["num_attention_heads"],
-                 "norm_eps": found.get("rms_norm_eps", 1e-6),
-                 "position_emb_theta": found.get("rope_theta") or rope.get("rope_theta", 10000.0)}  # transformers' defaults
-        if text := next((key for key, value in tree.items() if isinstance(value, str)), None):
-            raise ConfigError(f"{names.get(text, text)} is the text {tree[text]!r}")
-        cfg = config_from_dict({"model": tree}).model
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise CheckpointError(f"{folder}: config.json is not of a plain Llama ({error})") from None
-    needed = llama_config(cfg, None, None, torch.float32)
-    same = ("model_type", "hidden_act", "tie_word_embeddings", "head_dim", "attention_bias", "mlp_bias")
-    differing = [f"{key} {found[key]!r} instead of {needed[key]!r}" for key in same if found.get(key) not in (None, needed[key])]
-    if found.get("rope_scaling") or rope.get("rope_type", "default") != "default":
-        differing.append("scaled rotary positions")
-    if differing:
-        raise CheckpointError(f"{folder}: config.json is not of a model that this lab builds: it has {', '.join(differing)}")
-    return cfg
-
-
-def load_decoder(path: str | Path) -> PicoDecoder:
-    """The plain decoder of `path` (see load_plain) with its weights."""
-    cfg, state = load_plain(path)
-    model = PicoDecoder(cfg)
-    load_model_state(model, state, path)
-    return model
-
-
-# ---- published Pico models ---------------------------------------------------------------------------------------
-
-def load_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A model published by pico-train or relora-pico, as load_plain gives it, adapters merged.
-
-    Its tensors are `PREFIX.` + our names; a ReLoRA layer adds `.A_lora.weight`, `.B_lora.weight` and, with trainable
-    scaling, `.s`.
-    """
-    found, tensors = read_folder(folder)
-    try:
-        if not str(found.get("model_type")).startswith("pico"):
-            raise ConfigError(f"model_type {found.get('model_type')!r} is neither llama nor pico_decoder")
-        if missing := {"d_model", "n_layers", "vocab_size"} - found.keys():
-            raise ConfigError(f"{', '.join(sorted(missing))} missing")
-        known = {f.name for f in dataclasses.fields(ReLoRAConfig)}
-        relora = {k: v for k, v in (found.get("relora") or {}).items() if k in known} or None
-        fields = {f.name for f in dataclasses.fields(ModelConfig)} - {"relora", "model_type"}
-        cfg = config_from_dict({"model": {k: v for k, v in found.items() if k in fields} | {"relora": relora}}).model
-    except (AttributeError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder}: config.json is not of a published Pico model ({error})") from None
-    ours = {}
-    for name, tensor in tensors.items():
-        if name.split(".")[0] not in ("layers", *TOP_NAMES):
-            name = name.split(".", 1)[-1]  # the prefix
-        for theirs, leaf in ((".A_lora.weight", ".lora_A"), (".B_lora.weight", ".lora_B"), (".s", ".scaling")):
-            name = name.removesuffix(theirs) + leaf if name.endswith(theirs) else name
-        ours[name] = tensor.float()
-    compare_states(parameters_of(cfg), ours, folder)
-    return dataclasses.replace(cfg, relora=None), merged_state(ours, cfg.relora)
-
-
-def import_model(source: str, out: Path, revision: str | None, tokenizer: Path | None) -> None:
-    """A published Pico model or a Llama folder, from disk or the Hub, as a model folder of ours."""
-    folder = Path(source)
-    if not folder.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-        try:
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise CheckpointError(f"{source}: neither a folder nor to be had from the Hub "
-                                  f"({str(error).splitlines()[0]})") from None
-    found, _ = read_folder(folder)
-    cfg, state = load_plain(folder) if found.get("model_type") == "llama" else load_published(folder)
-    words = folder if tokenizer is None else tokenizer if tokenizer.is_dir() else tokenizer.parent
-    if cfg.vocab_size > ByteTokenizer.vocab_size and not (words / "tokenizer.json").is_file():
-        raise CheckpointError(f"{words}: has no tokenizer.json for {cfg.vocab_size:,} ids; name one with --tokenizer")
-    publish(out, writers(state, cfg, words))
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -293,16 +33,16 @@ def main() -> None:
     uploaded.add_argument("run", type=Path, help="a run folder trained with checkpointing.hf_checkpoint.repo_id")
     args = parser.parse_args()
     if args.command == "upload":
-        upload.upload_run(args.run)
+        uploads.upload_run(args.run)
         return
     if args.out.exists():
         raise CheckpointError(f"{args.out}: is already there; choose another folder, or delete it first")
     if args.command == "hf":
-        folder = resolve(args.checkpoint)
-        cfg, state = load_plain(folder)
-        publish(args.out, writers(state, cfg, folder, getattr(torch, args.dtype)))
+        folder = llama.resolve(args.checkpoint)
+        cfg, state = llama.load_plain(folder)
+        publish(args.out, llama.writers(state, cfg, folder, getattr(torch, args.dtype)))
     else:
-        import_model(args.source, args.out, args.revision, args.tokenizer)
+        llama.import_model(args.source, args.out, args.revision, args.tokenizer)
     print(f"written to {args.out}")
 
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
 from config import ConfigError, ModelConfig
-from kernels import causal_attention, cross_entropy, token_losses
+from runtime import kernels
+from runtime.kernels import causal_attention, cross_entropy, token_losses
 
 
 class RMSNorm(nn.Module):

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dist
-import kernels
 from config import Config, ConfigError, ReLoRAConfig
+from runtime import dist, kernels
 
 HEAD = "de_embedding_proj"  # never adapted: the chunked loss reads its weight directly
 ADAPTER_NAMES = ("lora_A", "lora_B", "scaling")

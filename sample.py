@@ -10,10 +10,10 @@ import argparse
 
 import torch
 
-import dist
 from config import UserError
 from data import load_tokenizer
-from export import load_decoder, resolve
+from hub.llama import load_decoder, resolve
+from runtime import dist
 
 
 def stream_text(model, tokenizer, prompt: str, new_tokens: int, temperature: float, top_k: int | None, seed: int,

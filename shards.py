@@ -23,14 +23,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import dist
-import hub
-import stream
 from config import DatasetConfig
-from data import (INDEX, ByteTokenizer, DataError, TokenDataset, Tokenizer, load_tokenizer, read_index, shard_entry,
-                  token_dtype, write_index)
-from files import need_room
-from parquet import convert_parquet
+from data import (
+    INDEX,
+    ByteTokenizer,
+    DataError,
+    TokenDataset,
+    Tokenizer,
+    load_tokenizer,
+    read_index,
+    shard_entry,
+    token_dtype,
+    write_index,
+)
+from hub import datasets, streaming
+from hub.parquet import convert_parquet
+from runtime import dist
+from runtime.files import need_room
 
 SHARD_ROWS = 20_480  # rows of a shard, as in the pretokenized Dolma
 SHUFFLE_SEED = 0  # of the rows of a made dataset; the training order is then the order on disk
@@ -185,7 +194,7 @@ def show(args: argparse.Namespace) -> None:
     if Path(args.dataset).exists():
         dataset = TokenDataset(args.dataset)
     else:
-        dataset = stream.StreamedDataset(hub.find(args.dataset, "train", cfg), cfg, args.vocab_size or 50304,
+        dataset = streaming.StreamedDataset(datasets.find(args.dataset, "train", cfg), cfg, args.vocab_size or 50304,
                                          args.batch_size)
         dataset.advance(args.step)
     micro = args.micro_batch_size or max(1, args.batch_size // args.world)
@@ -279,14 +288,14 @@ def make(args: argparse.Namespace) -> None:
 
 def fetch_dataset(args: argparse.Namespace) -> None:
     cfg = DatasetConfig(name=args.name, revision=args.revision)
-    source = hub.find(args.name, args.split, cfg)
+    source = datasets.find(args.name, args.split, cfg)
     first, _, end = args.shards.partition(":")
     if not (first.isdigit() and end.isdigit() and int(first) < int(end) <= len(source.files)):
         raise DataError(f"--shards: {args.shards!r} is not first:end within 0:{len(source.files)}")
     if (args.out / args.split).exists():
         raise DataError(f"{args.out / args.split}: is already there; choose another --out, or delete it first")
-    hub.download(source, range(int(first), int(end)), args.out, cfg, args.vocab_size or 50304)
-    hub.fetch_tokenizer(args.tokenizer, args.out)
+    datasets.download(source, range(int(first), int(end)), args.out, cfg, args.vocab_size or 50304)
+    datasets.fetch_tokenizer(args.tokenizer, args.out)
 
 
 def made_with(folder: Path) -> int | None:

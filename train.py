@@ -19,18 +19,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-import dist
-import dynamics
 import evaluate
-import export
-import guard
 from config import Config, UserError, check_strategy, load_config, to_dict
 from data import BatchLoader, DataError, to_device
-from relora import (derive_seed, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state, relora_layers,
-                    reset_optimizer, undo_reset)
-from run import RunFolder, run_folder
+from hub import llama
+from instruments import snapshots
+from relora import (
+    derive_seed,
+    learning_rate_multiplier,
+    merge_and_reinit,
+    merge_due,
+    merged_state,
+    relora_layers,
+    reset_optimizer,
+    undo_reset,
+)
+from runtime import dist, guard
+from runtime.run_folder import RunFolder, run_folder
+from runtime.wrap import gradient_sync, observed, reshard
 from trainer import Trainer, build, setup
-from wrap import gradient_sync, observed, reshard
 
 MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
 PROBE_TOKENS = 128  # of the row on which a merge is checked
@@ -252,7 +259,7 @@ def save(t: Trainer, whole: bool = True) -> None:
         sources = {"train": t.dataset.batch(t.step, t.cfg.data.dataloader.batch_size), "val": t.evaluation.snapshot_rows}
         for split, rows in sources.items():
             if rows is not None:
-                snapshot = dynamics.snapshot(t.model, rows, c.learning_dynamics, t.device)
+                snapshot = snapshots.snapshot(t.model, rows, c.learning_dynamics, t.device)
                 snapshot["data"]["text"] = [t.evaluation.tokenizer.decode(r) for r in snapshot["data"]["input_ids"].tolist()]
                 files |= {f"{c.learning_dynamics_dir}/{split}_{kind}.pt": checkpoint.torch_writer(tensors)
                           for kind, tensors in snapshot.items()}
@@ -264,14 +271,14 @@ def save(t: Trainer, whole: bool = True) -> None:
     t.saved = t.step
     if dist.rank() == 0:
         if whole and c.learning_dynamics is not None and c.learning_dynamics.optimizer_states:
-            moments = dynamics.optimizer_states(state["optimizer"], c.learning_dynamics.layer_suffixes)
+            moments = snapshots.optimizer_states(state["optimizer"], c.learning_dynamics.layer_suffixes)
             files[f"{c.learning_dynamics_dir}/train_optimizer.pt"] = checkpoint.torch_writer(moments)
         state |= {"step": t.step, "whole": whole, "config": to_dict(t.cfg), "progress": t.progress.state(),
                   "data": t.dataset.state | {"next_row": t.step * t.cfg.data.dataloader.batch_size},
                   "random": {"seed": t.cfg.training.seed},  # from which, with the step, all randomness follows
                   "metrics_bytes": t.folder.metrics_size()}
         files[f"{c.fabric_checkpoint_dir}/{c.fabric_checkpoint_filename}"] = checkpoint.torch_writer(state)
-        files |= export.writers(merged_state(state["model"], t.cfg.model.relora), t.cfg.model, t.dataset.folder.parent)
+        files |= llama.writers(merged_state(state["model"], t.cfg.model.relora), t.cfg.model, t.dataset.folder.parent)
         t.saver.save(t.step, files)
 
 

@@ -12,19 +12,16 @@ from torch import Tensor, nn
 
 import checkpoint
 import config
-import dist
-import dynamics
 import evaluate
-import export
-import kernels
-import stream
-import upload
 from config import Config, ConfigError
 from data import TokenDataset
+from hub import llama, streaming, uploads
+from instruments import snapshots
 from model import PicoDecoder
 from relora import apply_relora, repeat_reset
-from run import Progress, RunFolder
-from wrap import make_optimizers, parallelize, wrapping
+from runtime import dist, kernels
+from runtime.run_folder import Progress, RunFolder
+from runtime.wrap import make_optimizers, parallelize, wrapping
 
 
 @dataclass
@@ -37,7 +34,7 @@ class Trainer:
     dataset: TokenDataset
     evaluation: evaluate.Evaluation
     saver: checkpoint.Saver
-    uploader: upload.Uploader | None
+    uploader: uploads.Uploader | None
     progress: Progress
     step: int = 0
     saved: int | None = None  # the step of the newest checkpoint
@@ -50,7 +47,7 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> Trainer:
     """Open data, run folder and evaluation; resume, or start. Raises UserError before anything is trained."""
     check_names(cfg)
     state, notes = checkpoint.resume(folder.path / cfg.checkpointing.checkpoints_dir, cfg)
-    dataset = stream.open_dataset(cfg, state["step"] if state else 0, state["data"] if state else None)
+    dataset = streaming.open_dataset(cfg, state["step"] if state else 0, state["data"] if state else None)
     evaluation = evaluate.Evaluation(cfg, dataset.folder.parent, device)
     weights = starting_weights(cfg) if cfg.training.start_from and state is None else None
     folder.open()
@@ -60,7 +57,7 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> Trainer:
         precision = "32-true"
     uploader = None
     if cfg.checkpointing.save_to_hf and dist.rank() == 0:
-        uploader = upload.Uploader(folder.path, cfg.checkpointing, folder.say, fresh=state is None)
+        uploader = uploads.Uploader(folder.path, cfg.checkpointing, folder.say, fresh=state is None)
     saver = checkpoint.Saver(cfg.checkpointing, folder.path, folder.say, uploader.kick if uploader else lambda: None)
     t = Trainer(cfg, device, precision, folder, dataset, evaluation, saver, uploader, Progress(device))
     for words in notes + config.warnings(cfg, dist.world_size(), device.type):
@@ -95,12 +92,12 @@ def check_names(cfg: Config) -> None:
         if cfg.model.relora is not None:
             apply_relora(model, cfg.model.relora)
     if cfg.checkpointing.learning_dynamics is not None:
-        dynamics.chosen_layers(model, cfg.checkpointing.learning_dynamics.layer_suffixes)
+        snapshots.chosen_layers(model, cfg.checkpointing.learning_dynamics.layer_suffixes)
 
 
 def starting_weights(cfg: Config) -> dict[str, Tensor]:
     """Those of training.start_from. Raises ConfigError unless they are of the very model that is trained."""
-    found, weights = export.load_plain(cfg.training.start_from)
+    found, weights = llama.load_plain(cfg.training.start_from)
     for key in ("d_model", "n_layers", "vocab_size", "attention_n_heads", "attention_n_kv_heads", "activation_hidden_dim",
                 "norm_eps", "position_emb_theta"):
         theirs, ours = getattr(found, key), getattr(cfg.model, key)

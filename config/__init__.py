@@ -21,7 +21,6 @@ import yaml
 from config.checks import check, check_strategy, contradictions, warnings  # noqa: F401 (some are for importers)
 from config.reading import ConfigError, UserError, apply_override, build, flat  # noqa: F401
 
-
 # ---- data ---------------------------------------------------------------------------------------
 
 @dataclass

@@ -30,7 +30,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The files that take longest go first, or one of two workers would be left with them at the end."""
-    longest = ("test_guard", "test_stream", "test_train", "test_hostile", "test_upload", "test_resume", "test_bench")
+    longest = ("test_guard", "test_streaming", "test_train", "test_hostile", "test_uploads", "test_resume", "test_bench")
     place = {name: number for number, name in enumerate(longest)}
     items.sort(key=lambda item: place.get(item.path.stem, len(longest)))
 

@@ -25,14 +25,15 @@ import torch
 import yaml
 from torch.distributed import TCPStore
 
-import dist
+from runtime import dist
 from shards import write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # one thread, as conftest sets here: the same bits, and faster
 IN_TURN = """
 import json, sys
-import dist, train
+import train
+from runtime import dist
 from config import load_config
 with dist.session("cpu") as device:
     for path, *words in json.loads(sys.argv[1]):

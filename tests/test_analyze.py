@@ -11,8 +11,7 @@ import torch
 
 import analyze
 import lab
-import plots
-import report
+from instruments import plots, report
 
 DEMO = """
 analysis_name: demo

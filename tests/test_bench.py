@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import lab
-import timing
 import train
+from instruments import timing
 
 SMALL = ("model.d_model=32", "model.n_layers=1", "model.vocab_size=64", "model.attention_n_heads=4",
          "model.attention_n_kv_heads=2", "model.activation_hidden_dim=64")

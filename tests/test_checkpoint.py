@@ -15,7 +15,7 @@ from checkpoint import CheckpointError, Saver, Writer, find_resumable, publish, 
 from config import CheckpointingConfig, config_from_dict
 from model import PicoDecoder
 from relora import apply_relora
-from wrap import make_optimizers
+from runtime.wrap import make_optimizers
 
 STATE = "training_state/checkpoint.pt"
 MANIFEST = "manifest.json"

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 
 import lab
-from blimp import Pair, load_pairs
 from checkpoint import publish
 from config import BlimpConfig, ConfigError, ModelConfig, config_from_dict
 from data import TokenDataset, load_tokenizer
 from evaluate import evaluate_blimp, row_losses, rows_metrics
-from export import load_decoder, writers
 from fake_hub import Hub
+from hub.llama import load_decoder, writers
+from instruments.blimp import Pair, load_pairs
 from model import PicoDecoder
 from relora import apply_relora, relora_layers
 

@@ -19,10 +19,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import files
 import lab
 from checkpoint import CheckpointError, read_manifest
 from config import config_from_dict, flat, to_dict
+from runtime import files
 from shards import write_shards
 
 tried = collections.Counter()

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import kernels
 from config import ConfigError, ModelConfig, ReLoRAConfig
 from model import KVCache, PicoDecoder, sample
 from relora import apply_relora
+from runtime import kernels
 
 GQA = ModelConfig(d_model=32, n_layers=2, vocab_size=97, max_seq_len=128, attention_n_heads=4, attention_n_kv_heads=2,
                   activation_hidden_dim=48)  # head_dim 8

@@ -11,9 +11,18 @@ from torch import nn
 
 from config import Config, ConfigError, ModelConfig, ReLoRAConfig, config_from_dict
 from model import PicoDecoder
-from relora import (ReLoRALinear, apply_relora, learning_rate_multiplier, merge_and_reinit, merge_due, merged_state,
-                    relora_layers, reset_optimizer, undo_reset)
-from wrap import make_optimizers
+from relora import (
+    ReLoRALinear,
+    apply_relora,
+    learning_rate_multiplier,
+    merge_and_reinit,
+    merge_due,
+    merged_state,
+    relora_layers,
+    reset_optimizer,
+    undo_reset,
+)
+from runtime.wrap import make_optimizers
 
 LR = 1e-2
 TARGETS = [f"{a}.{b}" for a, names in (("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),

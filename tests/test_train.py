@@ -22,7 +22,8 @@ SHORT = "training.stop_at_step=10"
 WARM = "model.relora.warm_start_steps=6"
 
 BROKEN_MERGE = """
-import dist, train
+import train
+from runtime import dist
 from relora import ReLoRALinear
 update = ReLoRALinear.update
 ReLoRALinear.update = lambda layer: 0.5 * update(layer)  # what is merged is half of what forward adds
@@ -31,7 +32,8 @@ dist.command(train.main)
 NAN_ON_RANK_1 = """
 import hashlib, json, math, os, sys
 import torch
-import dist, train
+import train
+from runtime import dist
 from config import load_config
 from model import PicoDecoder
 

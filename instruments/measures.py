@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 EPSILON = torch.finfo(torch.float32).eps  # of what snapshots are kept in
 
 

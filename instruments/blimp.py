@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import dist
 from config import BlimpConfig, ConfigError
+from runtime import dist
 
 
 class Pair(NamedTuple):
@@ -78,7 +78,7 @@ def _from_hub(name: str) -> list[str]:
     except (HfHubHTTPError, HFValidationError) as error:
         raise ValueError(f"neither a local file nor to be had from the Hub: {str(error).splitlines()[0]}") from None
     if parquets := sorted(folder.rglob("*.parquet")):
-        import parquet
+        from hub import parquet
         return ["\n".join(map(json.dumps, parquet.records(path))) for path in parquets]
     zips = sorted(folder.rglob("*.zip"))
     return list(_zipped(zips[0])) if zips else [p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*.jsonl"))]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import DataError, token_dtype
-from files import need_room, reserve
+from runtime.files import need_room, reserve
 
 
 class Converted(NamedTuple):

@@ -23,10 +23,9 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-import dist
-import guard
 from config import Config, UserError, to_dict
-from files import finite, set_aside, write_json, write_text
+from runtime import dist, guard
+from runtime.files import finite, set_aside, write_json, write_text
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 

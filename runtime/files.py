@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import dist
 from config import UserError
+from runtime import dist
 
 STAGING = ".staging-"  # before the names of what is not complete yet
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import dynamics
 import lab
 from config import LearningDynamicsConfig, config_from_dict
 from data import TokenDataset
+from instruments import snapshots
 from model import PicoDecoder
 from relora import apply_relora, merged_state, relora_layers
 
@@ -42,7 +42,7 @@ def made(request, dataset):
 
 def snapshot(model, rows, **options):
     options = LearningDynamicsConfig(layer_suffixes=SUFFIXES, **options)
-    return dynamics.snapshot(model, rows, options, torch.device("cpu"))
+    return snapshots.snapshot(model, rows, options, torch.device("cpu"))
 
 
 def ids_of(rows):

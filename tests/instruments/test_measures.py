@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import measures
-from measures import Undefined, cka, condition_number, effective_rank, gini, hoyer, of_matrix, pwcca, singular_values
+from instruments import measures
+from instruments.measures import Undefined, cka, condition_number, effective_rank, gini, hoyer, of_matrix, pwcca, singular_values
 
 SMALL = torch.tensor([[3.0, 0.0], [4.0, 5.0]])  # singular values sqrt 45 and sqrt 5
 X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [2.0, 2.0], [-2.0, -2.0]])

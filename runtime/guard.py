@@ -20,12 +20,13 @@ from types import FrameType
 
 import torch
 
-import dist
 from config import Config, ConfigError, flat, to_dict
+from runtime import dist
 
 REQUEUE = 75  # "try again later" in BSD's sysexits; torchrun makes it 1, exit.json keeps it
 TAKEOVER_SECONDS = 0.3
 HEARTBEAT_SECONDS = 10.0  # between the lock's signs of life
+ROOMS = ("config", "runtime", "hub", "instruments")
 
 
 class Stopped(dist.Ending):
@@ -189,9 +190,9 @@ def _birth(pid: int) -> str:
 
 def same_everywhere(cfg: Config) -> None:
     """Raise ConfigError unless all ranks run with the same options, the same code and the same torch."""
-    root = Path(__file__).parent
+    root = Path(__file__).parent.parent
     code = {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted([*root.glob("*.py"), *root.glob("config/*.py")])}
+            for path in sorted([*root.glob("*.py"), *(p for room in ROOMS for p in root.glob(f"{room}/*.py"))])}
     everyone = dist.gather(flat(to_dict(cfg)) | code | {"torch": torch.__version__})
     for rank, theirs in enumerate(everyone):
         for key, value in everyone[0].items():

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-import dist
 from config import ConfigError, DatasetConfig, UserError
 from data import INDEX, DataError, shard_entry, write_index
-from files import sha256
-from parquet import Converted, convert_parquet
+from hub.parquet import Converted, convert_parquet
+from runtime import dist
+from runtime.files import sha256
 
 WINDOW = "window.json"  # of a streamed split: see stream.py
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries; doubled each time

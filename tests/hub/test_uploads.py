@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 import lab
-import upload
 from config import config_from_dict
 from fake_hub import Hub
+from hub import uploads
 
 KINDS = {"Saving HF Model": {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                              "generation_config.json"},
@@ -37,7 +37,7 @@ def config(dataset, tmp_path, **checkpointing):
     return lab.write_config(tmp_path / "c.yaml", tree)
 
 
-def uploads(**more):
+def sending(**more):
     return {"save_to_hf": True, "hf_checkpoint": {"repo_id": "lab/model", "collection_slug": "lab/pico-1234"}} | more
 
 
@@ -48,7 +48,9 @@ def expected_titles():
 
 TIMED = """
 import threading, time
-import dist, train, upload
+import train
+from hub import uploads
+from runtime import dist
 spent = 0.0
 
 def timed(function):
@@ -62,9 +64,9 @@ def timed(function):
                 spent += time.perf_counter() - begun
     return call
 
-for name, function in list(vars(upload.Uploader).items()):
+for name, function in list(vars(uploads.Uploader).items()):
     if callable(function) and name not in ("__init__", "_work"):
-        setattr(upload.Uploader, name, timed(function))
+        setattr(uploads.Uploader, name, timed(function))
 loop = train.loop
 
 def measured(*args):
@@ -86,7 +88,7 @@ def test_every_commit_is_made_once_although_every_third_request_fails(dataset, t
                   lambda line: "drop" if line == "AFTER Saving HF Model -- Step 3" else None]
     env = {**hub.env(tmp_path / "hf"), "HF_TOKEN": "hf_secret_of_this_test"}
     (tmp_path / "timed.py").write_text(TIMED)
-    printed = lab.forked(tmp_path / "timed.py", config(dataset, tmp_path, **uploads()), env=env)
+    printed = lab.forked(tmp_path / "timed.py", config(dataset, tmp_path, **sending()), env=env)
     assert float(re.search(r"uploads took (\S+) of the training thread", printed)[1]) <= 0.01
     lab.forked("export.py", "upload", tmp_path / "runs" / "run", env=env)  # nothing is left, or what is
     made = hub.commits["models/lab/model", "run"]
@@ -110,7 +112,7 @@ def test_every_commit_is_made_once_although_every_third_request_fails(dataset, t
 def test_a_hub_that_is_away_does_not_disturb_training_and_the_rest_goes_up_later(dataset, tmp_path, hub):
     hub.faults = [lambda line: 500]
     env = hub.env(tmp_path / "hf")
-    printed = lab.forked("train.py", config(dataset, tmp_path, **uploads()), "checkpointing.upload_grace_seconds=1", env=env)
+    printed = lab.forked("train.py", config(dataset, tmp_path, **sending()), "checkpointing.upload_grace_seconds=1", env=env)
     assert "python export.py upload" in printed
     assert json.loads((tmp_path / "runs" / "run" / "exit.json").read_text())["code"] == 0
     hub.faults = []
@@ -120,26 +122,26 @@ def test_a_hub_that_is_away_does_not_disturb_training_and_the_rest_goes_up_later
 
 
 def test_what_a_hub_that_was_away_did_not_take_goes_up_at_the_next_start(dataset, tmp_path, hub):
-    words, env = uploads(upload_grace_seconds=0.5), hub.env(tmp_path / "hf")
+    words, env = sending(upload_grace_seconds=0.5), hub.env(tmp_path / "hf")
     hub.faults = [lambda line: 500]
     lab.forked("train.py", config(dataset, tmp_path, **words), env=env)
     assert not hub.commits
     hub.faults = []
-    lab.forked("train.py", config(dataset, tmp_path, **uploads()), env=env)  # trained already
+    lab.forked("train.py", config(dataset, tmp_path, **sending()), env=env)  # trained already
     assert sorted(commit["title"] for commit in hub.commits["models/lab/model", "run"]) == expected_titles()
     shutil.rmtree(tmp_path / "runs/run")
-    printed = lab.forked("train.py", config(dataset, tmp_path, **uploads()), "training.seed=1", env=env)
+    printed = lab.forked("train.py", config(dataset, tmp_path, **sending()), "training.seed=1", env=env)
     assert f"branch run holds {len(expected_titles()) - 1} commits of an earlier run of this name" in printed
 
 
 def test_no_more_commits_are_made_in_an_hour_than_the_hub_allows(dataset, tmp_path, monkeypatch):
     slept, clock = [], iter(range(0, 600, 100))
-    monkeypatch.setattr(upload, "COMMITS_PER_HOUR", 2)
-    monkeypatch.setattr(upload, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: next(clock)))
-    cfg = config_from_dict(lab.tiny_tree(dataset, tmp_path) | {"checkpointing": uploads(run_name="run")}).checkpointing
-    uploader = upload.Uploader(tmp_path, cfg, print)
+    monkeypatch.setattr(uploads, "COMMITS_PER_HOUR", 2)
+    monkeypatch.setattr(uploads, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: next(clock)))
+    cfg = config_from_dict(lab.tiny_tree(dataset, tmp_path) | {"checkpointing": sending(run_name="run")}).checkpointing
+    uploader = uploads.Uploader(tmp_path, cfg, print)
     monkeypatch.chdir(tmp_path)
-    assert upload.Uploader(Path("."), cfg, print).branch == tmp_path.name, "however the folder is written"
+    assert uploads.Uploader(Path("."), cfg, print).branch == tmp_path.name, "however the folder is written"
     for _ in range(3):
         uploader._wait_for_turn()
     assert slept == [3400], "the third comes 200 s after the first, and waits until that is an hour ago"

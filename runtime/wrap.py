@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import dist
 from config import Config
 from model import PicoDecoder
+from runtime import dist
 
 
 def parallelize(model: PicoDecoder, cfg: Config, device: torch.device) -> nn.Module:

@@ -17,14 +17,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
-import dist
 import evaluate
-import export
-import kernels
 import train
 from data import BatchLoader, TokenDataset, shard_entry, write_index
-from parquet import convert_parquet
+from hub import llama
+from hub.parquet import convert_parquet
 from relora import merge_and_reinit, merged_state, reset_optimizer
+from runtime import dist, kernels
 from shards import write_shards
 from trainer import Trainer
 
@@ -87,7 +86,7 @@ def checkpoint_costs(t: Trainer, rows: torch.Tensor, folder: Path) -> dict[str, 
 
     def save() -> None:
         state = checkpoint.gather_state(t.model, t.optimizers)
-        files = export.writers(merged_state(state["model"], t.cfg.model.relora), t.cfg.model, folder)
+        files = llama.writers(merged_state(state["model"], t.cfg.model.relora), t.cfg.model, folder)
         saver.save(t.step, files | {"training_state/checkpoint.pt": checkpoint.torch_writer(state | {"step": t.step})})
     blocking = seconds(save, t.device) + seconds(saver.wait, t.device)
     step()

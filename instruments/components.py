@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-import measures
 from config import UserError
-from dynamics import Snapshots
-
+from instruments import measures
+from instruments.snapshots import Snapshots
 
 KINDS = ("weights", "activations", "gradients", "updates")
 Row = dict[str, Any]  # of the table of measures: see FIELDS in analyze.py

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
 import lab
 from config import config_from_dict
 from model import PicoDecoder
 from relora import apply_relora
+from runtime import kernels
 
 SHAPES = [(1, 1, 1, 1, 8), (2, 12, 4, 100, 8), (2, 4, 4, 37, 16), (1, 6, 1, 300, 32), (3, 2, 2, 145, 64), (1, 3, 1, 49, 2)]
 
@@ -142,7 +142,8 @@ def test_a_model_computes_the_same_with_and_without_the_fast_paths(dataset, relo
 def test_freed_memory_keeps_its_pages(kept):
     """Blocks asked of the C library itself: how soon tensors, aligned and of odd sizes, settle depends on the heap's layout."""
     code = f"""
-import ctypes, resource, kernels
+import ctypes, resource
+from runtime import kernels
 if {kept}:
     kernels.keep_freed_memory()
 libc = ctypes.CDLL(None)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from checkpoint import CheckpointError, read_manifest, step_folders
 from config import CheckpointingConfig, load_config
-from hub import first_line
+from hub.datasets import first_line
 
 COMMITS_PER_HOUR = 120  # the Hub allows about 128 a repository
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between tries; doubled each time

@@ -16,18 +16,15 @@ import pytest
 
 import checkpoint
 import data
-import dist
-import dynamics
 import evaluate
-import files
-import guard
 import lab
-import parquet
-import run
 import shards
 import train
 import trainer
 from config import ConfigError
+from hub import parquet
+from instruments import snapshots
+from runtime import dist, files, guard, run_folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 QUICK = ("evaluation.metrics=null", "checkpointing.learning_dynamics=null")
@@ -53,7 +50,7 @@ def newest(run):
 
 MOMENTS = {  # what is going on when the signal comes: the function that is at it, and which of its calls
     "an update's second micro-batch": (train, "gradient_sync", 4 * 6 + 2), "the evaluation": (evaluate, "losses_of", 4),
-    "a snapshot": (dynamics, "to_device", 6), "a merge": (train, "merge_and_reinit", 1),
+    "a snapshot": (snapshots, "to_device", 6), "a merge": (train, "merge_and_reinit", 1),
     "the wait for data": (data, "to_device", 4 * 7)}
 
 
@@ -99,8 +96,8 @@ def test_a_signal_before_the_first_update_stops_at_once(here, monkeypatch):
 def test_a_signal_while_a_run_is_set_up_is_no_error_in_its_options(here, monkeypatch, module, name):
     """Twice, as impatient schedulers do: the second comes while the first is being told."""
     monkeypatch.setattr(module, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
-    close = run.RunFolder._close
-    monkeypatch.setattr(run.RunFolder, "_close", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or close(*args))
+    close = run_folder.RunFolder._close
+    monkeypatch.setattr(run_folder.RunFolder, "_close", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or close(*args))
     (here.folder / "early").mkdir()
     here.train("early", code=guard.REQUEUE)
     assert end_of(here.folder / "early")["code"] == 75 and not (here.folder / "early/.lock").exists()
@@ -126,7 +123,8 @@ def test_handlers_are_put_back():
 
 SLOW = """
 import sys, time
-import dist, train
+import train
+from runtime import dist
 step = train.train_step
 train.train_step = lambda t, batch: (time.sleep(0.3), step(t, batch))
 if __name__ == "__main__":
@@ -159,7 +157,8 @@ def test_torchrun_passes_the_signal_on_and_all_ranks_end_in_time(here, number, t
 
 ONE_RANK_ONLY = """
 import os, signal
-import dist, evaluate, train
+import evaluate, train
+from runtime import dist
 losses_of, calls = evaluate.losses_of, []
 
 def told(*args):
@@ -412,7 +411,7 @@ def test_a_disk_that_fills_just_after_a_checkpoint_is_no_failed_checkpoint(here,
 
 
 def test_a_conversion_without_room_is_one_line_and_leaves_nothing(disk, tmp_path, noticed):
-    import parquet
+    from hub import parquet
     small = disk("300k")
     parquet.write_rows(tmp_path / "train-0.parquet", np.ones((2000, 129), np.int64))
     printed = lab.call("shards.py", "parquet", tmp_path / "train-0.parquet", "--out", small / "made", code=1)
@@ -427,7 +426,8 @@ from pathlib import Path
 rank_1_only, how = sys.argv.pop(1), sys.argv.pop(1)
 if "RANK" in __import__("os").environ and __import__("os").environ["RANK"] == "1":
     sys.path.insert(0, rank_1_only)
-import checkpoint, config, data, dist, train
+import checkpoint, config, data, train
+from runtime import dist
 step = train.train_step
 
 def fall_asleep_here(t, batch):

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-import dist
 from config import Config, ConfigError, DatasetConfig
 from data import ByteTokenizer, DataError, TokenDataset, token_dtype
-from files import sha256, write_text
-from hub import WINDOW, Source, fetch, fetch_tokenizer, find, is_local, tell
+from hub.datasets import WINDOW, Source, fetch, fetch_tokenizer, find, is_local, tell
+from runtime import dist
+from runtime.files import sha256, write_text
 
 ERROR = "error.txt"
 POLL_SECONDS = 0.05

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from config import UserError
 
-
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LAUNCHER_SECONDS = 30  # for torchrun's store to answer

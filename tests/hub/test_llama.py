@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 import lab
 from checkpoint import CheckpointError
 from config import ModelConfig, ReLoRAConfig, config_from_dict
-from export import byte_tokenizer_json, load_decoder, load_plain, writers
 from fake_hub import Hub
+from hub.llama import byte_tokenizer_json, load_decoder, load_plain, writers
 from model import PicoDecoder
 from relora import apply_relora, merged_state, relora_layers
 

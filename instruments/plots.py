@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from components import Row, layer_of
 from config import UserError
+from instruments.components import Row, layer_of
 
 LABELS = {"effective_rank": "effective rank", "numerical_rank": "numerical rank", "per": "PER", "cka": "CKA", "pwcca": "PWCCA",
           "condition_number": "condition number", "gini": "Gini", "hoyer": "Hoyer", "norm_frobenius": "Frobenius norm",

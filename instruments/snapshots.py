@@ -26,13 +26,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-import dist
-import guard
 from checkpoint import CheckpointError, read_manifest, step_folders
 from config import ConfigError, LearningDynamicsConfig
 from data import to_device
 from relora import HEAD, ReLoRALinear
-from wrap import observed
+from runtime import dist, guard
+from runtime.wrap import observed
 
 
 def chosen_layers(model: nn.Module, suffixes: list[str]) -> dict[str, nn.Module]:

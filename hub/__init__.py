@@ -1,0 +1,1 @@
+"""The world's formats and services: Llama folders, datasets of the Hub, streaming, uploads, parquet."""

@@ -1,0 +1,1 @@
+"""What looks at a run: snapshots, measures, plots, the report, BLiMP, timing."""
