@@ -13,7 +13,6 @@ that is undefined is null with its reason. What has been measured is kept in ana
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import hashlib
@@ -33,7 +32,7 @@ from instruments import components, measures, report
 from instruments.components import KINDS, AnalysisError, Matrix, Request, Row, bases, matrices, target_of, updates
 from instruments.snapshots import Snapshots
 from relora import learning_rate_multiplier
-from runtime import dist
+from runtime.command import Parser, command
 from runtime.files import write_text
 
 PAIRED = {"cka": measures.cka, "pwcca": measures.pwcca}
@@ -257,7 +256,7 @@ def labelled(paths: list[Path]) -> dict[str, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; or `compare` and several")
     parser.add_argument("--config", type=Path, help="a YAML file of pico-analyze (default: all measures of all layers)")
     parser.add_argument("--since", type=int, metavar="STEP", help="also measure the updates since this step's snapshot")
@@ -285,4 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    dist.command(main)
+    command(main)

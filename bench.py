@@ -36,7 +36,8 @@ from hub import parquet
 from hub.llama import byte_tokenizer_json
 from instruments import timing
 from model import PicoDecoder
-from runtime import dist
+from runtime import machine
+from runtime.command import Parser, command
 from runtime.run_folder import Progress
 from shards import write_shards
 from trainer import Trainer, build
@@ -108,7 +109,7 @@ def stock_step(case: Case, cfg: Config, device: torch.device, rows: torch.Tensor
 
 def work(case: Case) -> None:
     """Warm up, then answer each line "N" with the seconds of N steps, and "end" with the peak memory."""
-    device = dist.pick_device()
+    device = machine.pick_device()
     if case.threads:
         torch.set_num_threads(case.threads)
     torch.manual_seed(0)
@@ -130,7 +131,7 @@ def work(case: Case) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parts = timing.breakdown(t, rows) if t is not None else {}
     print(json.dumps({"peak_bytes": peak, "flops_per_token": flops, "device": name, "seconds_of": parts,
-                      "peak_flops": dist.peak_flops(device)}), flush=True)
+                      "peak_flops": machine.peak_flops(device)}), flush=True)
 
 
 # ---- in the command's process ----------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def bench_data() -> dict[str, float]:
 
 
 def count_recompilations(preset: str, batch: int, seq_len: int) -> dict[str, Any]:
-    case, device = Case(preset, "r16", 0.0, True, batch, seq_len, None), dist.pick_device()
+    case, device = Case(preset, "r16", 0.0, True, batch, seq_len, None), machine.pick_device()
     rows = torch.randint(VOCAB, (batch, seq_len + 1), device=device)
     found = timing.recompilations(trainer(case, case_config(case), device), rows)
     print(f"{preset}: {found['graphs']} graphs compiled in the first step, {found['over_3_merges']} more over 3 merges",
@@ -255,7 +256,7 @@ def whole_run(preset: str, batch: int, seq_len: int, steps: int = 50) -> dict[st
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--presets", nargs="+", default=["tiny"], choices=PRESETS)
     parser.add_argument("--modes", nargs="+", default=["full", "r16"], help="full, or rN for ReLoRA of rank N")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0], help="of ReLoRA (default: 0)")
@@ -317,4 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    dist.command(main)
+    command(main)

@@ -52,7 +52,7 @@ def gather_state(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], 
     On rank 0, or `everywhere`; on other ranks the tensors are None. Call it on every rank, between updates.
     """
     def _host(tensor: Tensor) -> Tensor | None:
-        whole = dist.full(tensor.detach())
+        whole = dist.full_tensor(tensor.detach())
         if not (everywhere or dist.rank() == 0):
             return None
         return whole.clone() if whole.device.type == "cpu" else whole.cpu()
@@ -94,7 +94,7 @@ def load_optimizer_state(model: nn.Module, optimizers: Iterable[torch.optim.Opti
                 values = state.get(names[id(parameter)])
                 if values is not None:
                     packed[index] = {
-                        key: dist.like(v, parameter) if isinstance(v, Tensor) and v.shape == parameter.shape else v
+                        key: dist.shard_like(v, parameter) if isinstance(v, Tensor) and v.shape == parameter.shape else v
                         for key, v in values.items()}
                 index += 1
         optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})

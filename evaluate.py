@@ -10,7 +10,6 @@ Paloma (arXiv 2312.10523) and BLiMP (1912.00582) are measured in float32, whatev
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import json
@@ -30,10 +29,12 @@ from data import INDEX, TokenDataset, Tokenizer, load_tokenizer, read_index, to_
 from hub.datasets import local_or_hub
 from hub.llama import load_decoder, resolve
 from instruments import blimp
-from runtime import dist, guard
+from runtime import dist, machine, signals
+from runtime.command import Parser, command
 from runtime.files import write_json
 from runtime.kernels import IGNORE
-from runtime.wrap import observed
+from runtime.log import log
+from runtime.wrap import eval_mode
 
 T = TypeVar("T")
 TIDY_TURNS = 64  # of an evaluation, between two calls of return_free_memory
@@ -47,14 +48,14 @@ def map_over_ranks(count: int, work: Callable[[int], T], what: str) -> list[T]:
     """
     world, mine = dist.world_size(), {}
     for turn in tqdm(range(-(-count // world)), desc=what, disable=None if dist.rank() == 0 else True, leave=False):
-        guard.stop_point()
+        signals.stop_point()
         number = turn * world + dist.rank()
         result = work(number if number < count else 0)
         if number < count:
             mine[number] = result
         if turn % TIDY_TURNS == TIDY_TURNS - 1:
             return_free_memory()
-    merged = {number: result for part in dist.gather(mine) for number, result in part.items()}
+    merged = {number: result for part in dist.all_gather_object(mine) for number, result in part.items()}
     return [merged[number] for number in range(count)]
 
 
@@ -67,7 +68,7 @@ def return_free_memory() -> None:
 @torch.no_grad()
 def losses_of(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     """Summed loss in nats of each row's labels: (B, T) int64 -> (B,) float64; eval mode, float32."""
-    with observed(model, inputs.device):
+    with eval_mode(model, inputs.device):
         return model(inputs, labels, reduction="none").cpu().double().sum(1).numpy()
 
 
@@ -209,7 +210,7 @@ def run_of(folder: Path) -> Path | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", help="a run (its newest step), a step folder, or a Llama folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options, as for train.py")
     parser.add_argument("--out", type=Path, help="JSON file (default: eval_results/ of the run; none for other folders)")
@@ -217,13 +218,13 @@ def main() -> None:
     folder = resolve(args.model)
     run, words = run_of(folder), ["checkpointing.learning_dynamics=null", *args.overrides]
     cfg = load_config(run / "training_config.yaml", words) if run else config_from_dict({}, words)
-    with dist.session("auto") as device:
+    with dist.session(machine.pick_device()) as device:
         model = load_decoder(folder).to(device)
         cfg.model = model.cfg
         dataset = Path(cfg.data.dataset.name) if Path(cfg.data.dataset.name).exists() else folder
         evaluation = Evaluation(cfg, dataset, device)
         evaluation.tokenizer = load_tokenizer(folder)
-        results = evaluation.run(model, dist.print0)
+        results = evaluation.run(model, log.info)
     if not results:
         raise ConfigError("evaluation.metrics: is empty; give one or more of val, paloma, blimp")
     out = args.out or (run and run / cfg.checkpointing.evaluation.eval_results_dir / f"{folder.name}.json")
@@ -247,4 +248,4 @@ def write_results(out: Path, results: dict[str, dict[str, Any]], beside: bool) -
 
 
 if __name__ == "__main__":
-    dist.command(main)
+    command(main)

@@ -7,18 +7,17 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 
 from checkpoint import CheckpointError, publish
 from hub import llama, uploads
-from runtime import dist
+from runtime.command import Parser, command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     hf = commands.add_parser("hf", help="write a plain Llama folder")
     hf.add_argument("checkpoint", help="a run (its newest step), a step folder, or a model folder")
@@ -47,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    dist.command(main)
+    command(main)

@@ -144,7 +144,7 @@ def merge_and_reinit(model: nn.Module, *, seed: int, step: int) -> float:
         if "unscaled_merge" in layer.cfg.reference_faults:
             update = update / layer.scale
         layer.weight.add_(update)
-        total += dist.full(update.square().sum()).item()
+        total += dist.full_tensor(update.square().sum()).item()
         layer.restart(seed, step)
     return math.sqrt(total)
 
@@ -187,14 +187,14 @@ def reset_optimizer(optimizers: Iterable[torch.optim.Optimizer], model: nn.Modul
             values = [v for state in states for v in state.values() if isinstance(v, Tensor)]
             moments = [v for v in values if v.shape == parameter.shape]  # the others are Adam's step
             if reset.mode != "none":
-                kept = kept_places([dist.full(v) for v in moments], reset.mode, reset.ratio,
+                kept = kept_places([dist.full_tensor(v) for v in moments], reset.mode, reset.ratio,
                                    derive_seed(seed, step, layer.name, leaf))
                 for value in moments:
-                    value.mul_(dist.like(kept, value))
+                    value.mul_(dist.shard_like(kept, value))
                 for value in values:
                     if value.dim() == 0 and not keep_step:
                         value.zero_()
-            zeros += sum(int((dist.full(v) == 0).sum()) for v in moments)
+            zeros += sum(int((dist.full_tensor(v) == 0).sum()) for v in moments)
             entries += sum(v.numel() for v in moments)
     return zeros / max(1, entries)
 

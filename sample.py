@@ -13,7 +13,8 @@ import torch
 from config import UserError
 from data import load_tokenizer
 from hub.llama import load_decoder, resolve
-from runtime import dist
+from runtime import machine
+from runtime.command import Parser, command
 
 
 def stream_text(model, tokenizer, prompt: str, new_tokens: int, temperature: float, top_k: int | None, seed: int,
@@ -55,7 +56,7 @@ def prepare(model, tokenizer, prompt: str, new_tokens: int, device: torch.device
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", help="a run, a step folder, or a Llama folder")
     parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     parser.add_argument("--tokens", type=int, default=200, help="new tokens at most (default: 200)")
@@ -78,7 +79,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     folder = resolve(args.model)
-    device = dist.pick_device()
+    device = machine.pick_device()
     model, tokenizer = load_decoder(folder).to(device), load_tokenizer(folder)
     for prompt in args.prompt or [""]:
         head = f"--- {folder}, temperature {args.temperature}, seed {args.seed}"
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    dist.command(main)
+    command(main)

@@ -38,7 +38,7 @@ from data import (
 )
 from hub import datasets, streaming
 from hub.parquet import convert_parquet
-from runtime import dist
+from runtime.command import Parser, command
 from runtime.files import need_room
 
 SHARD_ROWS = 20_480  # rows of a shard, as in the pretokenized Dolma
@@ -214,7 +214,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     stdlib = commands.add_parser("stdlib", help="the interpreter's standard library, as bytes")
     text = commands.add_parser("text", help="text and jsonl files")
@@ -330,4 +330,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    dist.command(main)
+    command(main)

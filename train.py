@@ -10,7 +10,6 @@ goes on from the newest checkpoint and ends with the same weights.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from pathlib import Path
 
@@ -34,9 +33,11 @@ from relora import (
     reset_optimizer,
     undo_reset,
 )
-from runtime import dist, guard
+from runtime import dist, machine, signals
+from runtime.command import Parser, command
+from runtime.errors import Ending
 from runtime.run_folder import RunFolder, run_folder
-from runtime.wrap import gradient_sync, observed, reshard
+from runtime.wrap import eval_mode, gradient_sync, reshard
 from trainer import Trainer, build, setup
 
 MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
@@ -55,26 +56,26 @@ def train(cfg: Config, device: torch.device) -> None:
     micro, accumulation = cfg.micro_batches(dist.world_size())
     check_strategy(cfg, dist.world_size())
     folder = RunFolder(cfg, run_folder(cfg))
-    guard.same_everywhere(cfg)
-    with guard.catching_signals(), folder.in_use():
+    machine.same_everywhere(to_dict(cfg))
+    with signals.catching_signals(), folder.in_use():
         t = setup(cfg, device, folder)
         with (dist.watched(cfg.training.hang_timeout_minutes),
               BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches,
               contextlib.closing(t.dataset)):  # closed first, so that a waiting loader can stop
-            guard.defer_signals()
+            signals.defer_signals()
             try:
                 loop(t, batches)
-            except dist.Ending:
+            except Ending:
                 keep(t)
                 raise
         if t.uploader is not None:
-            t.uploader.close(t.cfg.checkpointing.upload_grace_seconds, guard.stop_signal)
+            t.uploader.close(t.cfg.checkpointing.upload_grace_seconds, signals.stop_signal)
 
 
 def loop(t: Trainer, batches: BatchLoader) -> None:
     """Evaluate, snapshot and save; merge; learning rate; accumulate and step; log; until the last step.
 
-    Raises dist.Ending, on all ranks together, when training must end early.
+    Raises Ending, on all ranks together, when training must end early.
     """
     cfg = t.cfg
     t.folder.start_bar(t.step, cfg.last_step)
@@ -121,11 +122,11 @@ def next_batch(t: Trainer, batches: BatchLoader) -> list[tuple[int, Tensor]]:
 def end_together(t: Trainer, problem: UserError | None = None, waiting: bool = False) -> int:
     """A vote, which every rank must hold: raises Ending if any rank has a reason; whether any rank is `waiting`."""
     problem = problem or t.saver.error
-    ended, caught, anyone_waits = dist.max_over_ranks(problem is not None, guard.stop_signal(), waiting)
+    ended, caught, anyone_waits = dist.max_over_ranks(problem is not None, signals.stop_signal(), waiting)
     if ended:  # every rank raises the first error met
         mine = problem and (str(problem), 2 if isinstance(problem, DataError) else 1)
-        raise dist.Ending(*next(theirs for theirs in dist.gather(mine) if theirs))
-    guard.stop_point(caught)
+        raise Ending(*next(theirs for theirs in dist.all_gather_object(mine) if theirs))
+    signals.stop_point(caught)
     return anyone_waits
 
 
@@ -140,20 +141,20 @@ def accumulate(t: Trainer, batch: list[tuple[int, Tensor]]) -> Tensor:
     loss = torch.zeros((), device=t.device)
     for number, (index, rows) in enumerate(batch):  # rows (micro, T + 1)
         if number:
-            guard.stop_point()  # an unfinished update is dropped
+            signals.stop_point()  # an unfinished update is dropped
         torch.manual_seed(derive_seed(t.cfg.training.seed, t.step, index))  # of dropout
         with gradient_sync(t.wrapped, number == len(batch) - 1):  # around the forward too, or DDP reduces every time
             with torch.autocast(t.device.type, torch.bfloat16, enabled=t.precision == "bf16-mixed"):
                 micro_loss = t.wrapped(rows[:, :-1], rows[:, 1:]) / len(batch)
             micro_loss.backward()
         loss += micro_loss.detach()
-    return dist.sum_(loss) / dist.world_size()
+    return dist.all_reduce_sum(loss) / dist.world_size()
 
 
 def update(t: Trainer, loss: Tensor) -> None:
     """Clip and step; skipped by all ranks together if loss or gradient is not finite on any."""
     parameters = [p for p in t.model.parameters() if p.grad is not None]
-    grad_norm = dist.full(nn.utils.get_total_norm([p.grad for p in parameters]))
+    grad_norm = dist.full_tensor(nn.utils.get_total_norm([p.grad for p in parameters]))
     if t.cfg.training.grad_clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, t.cfg.training.grad_clip, grad_norm)
     bad = 1 - (loss.isfinite() & grad_norm.isfinite()).float()  # the same on every rank, and still on the device
@@ -192,7 +193,7 @@ def log(t: Trainer, batches: BatchLoader) -> None:
         "trainer/inf_or_nan_count": int(window.bad_steps), "tokens": t.step * rows * seq_len,
         "tokens_per_second": speed, "data/wait_fraction": batches.take_wait() / window.seconds,
     }
-    if (peak := dist.peak_flops(t.device)) is not None:
+    if (peak := machine.peak_flops(t.device)) is not None:
         metrics["mfu"] = speed * t.model.flops_per_token() / (peak * dist.world_size())
     t.folder.record(metrics)
     loss = "no finite loss" if window.loss is None else f"loss {window.loss:.4f}"
@@ -207,7 +208,7 @@ def merge(t: Trainer) -> None:
     """Merge, reinitialise and reset; check on one small row that the model computes what it did before."""
     relora, seed = t.cfg.model.relora, t.cfg.training.seed
     before, loss_before = probe(t)
-    scales = [dist.full(layer.scaling.detach()).clone() for layer in relora_layers(t.model).values() if relora.trainable_scaling]
+    scales = [dist.full_tensor(layer.scaling.detach()).clone() for layer in relora_layers(t.model).values() if relora.trainable_scaling]
     norm = merge_and_reinit(t.model, seed=seed, step=t.step)
     zeroed = reset_optimizer(t.optimizers, t.model, seed=seed, step=t.step)
     after, loss_after = probe(t)
@@ -235,7 +236,7 @@ def probe(t: Trainer) -> tuple[Tensor, float]:
     """(logits, mean loss) on the start of the next row; eval mode, float32."""
     rows = t.dataset.rows(t.step * t.cfg.data.dataloader.batch_size, 1)[:, :PROBE_TOKENS + 1]
     ids = to_device(rows, t.device)
-    with observed(t.model, t.device):
+    with eval_mode(t.model, t.device):
         logits = t.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
     return logits, F.cross_entropy(logits[0], ids[0, 1:]).item()
 
@@ -297,15 +298,15 @@ def keep(t: Trainer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("config", type=Path, help="a YAML file, such as config/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options on top of it")
     args = parser.parse_args()
     cfg = load_config(args.config, args.overrides)
-    with dist.session(cfg.training.fabric.accelerator, cfg.training.hang_timeout_minutes,
+    with dist.session(machine.pick_device(cfg.training.fabric.accelerator), cfg.training.hang_timeout_minutes,
                       cfg.data.dataset.patience_minutes) as device:
         train(cfg, device)
 
 
 if __name__ == "__main__":
-    dist.command(main)
+    command(main)

@@ -164,7 +164,7 @@ def local_or_hub(name: str, split: str, cfg: DatasetConfig, vocab_size: int) -> 
 
 def is_local(name: str) -> bool:
     """Whether `name` is a path and not on the Hub. Every rank must call it. Raises ConfigError where only some have it."""
-    there = dist.gather(Path(name).exists())
+    there = dist.all_gather_object(Path(name).exists())
     if any(there) != all(there):
         raise ConfigError(f"{name}: is missing on ranks {[rank for rank, found in enumerate(there) if not found]}; "
                           f"put it on every machine")

@@ -30,8 +30,8 @@ from checkpoint import CheckpointError, read_manifest, step_folders
 from config import ConfigError, LearningDynamicsConfig
 from data import to_device
 from relora import HEAD, ReLoRALinear
-from runtime import dist, guard
-from runtime.wrap import observed
+from runtime import dist, signals
+from runtime.wrap import eval_mode
 
 
 def chosen_layers(model: nn.Module, suffixes: list[str]) -> dict[str, nn.Module]:
@@ -88,9 +88,9 @@ def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig,
     activations: dict[str, list[Tensor]] = {name: [] for name in layers}
     gradients = {name: torch.zeros(m.out_features, m.in_features, device=device) for name, m in layers.items()}
     # not compiled, also since the outputs of compiled layers would not be part of the graph
-    with observed(model, device), taps(layers) as seen:
+    with eval_mode(model, device), taps(layers) as seen:
         for piece, share in _examples(rows, cfg.batch_size):
-            guard.stop_point()
+            signals.stop_point()
             ids = to_device(piece, device)
             loss = model(ids[:, :-1], ids[:, 1:])
             outputs = torch.autograd.grad(loss, [seen[name][1] for name in layers])
@@ -102,12 +102,12 @@ def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig,
     result = {"activations": _gathered(activations), "weights": {}, "gradients": {},
               "data": {"input_ids": torch.from_numpy(rows.astype(np.int64))}}
     for name, layer in layers.items():
-        _add_weights(result, name, layer, dist.sum_(gradients[name]).cpu())
+        _add_weights(result, name, layer, dist.all_reduce_sum(gradients[name]).cpu())
     return result
 
 
 def _gathered(activations: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    parts = dist.gather({name: torch.cat(pieces) for name, pieces in activations.items() if pieces})
+    parts = dist.all_gather_object({name: torch.cat(pieces) for name, pieces in activations.items() if pieces})
     return {name: torch.cat([part[name] for part in parts if name in part]) for name in activations}
 
 
@@ -117,7 +117,7 @@ def _add_weights(result: dict[str, dict[str, Tensor]], name: str, layer: nn.Modu
     With W_eff = W + s B A the chain rule gives dL/dB = s dL/dW_eff A' and dL/dA = s B' dL/dW_eff.
     """
     def host(tensor: Tensor) -> Tensor:
-        return dist.full(tensor.detach()).float().cpu().clone()
+        return dist.full_tensor(tensor.detach()).float().cpu().clone()
 
     weights, gradients = result["weights"], result["gradients"]
     gradients[name] = gradient

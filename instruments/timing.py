@@ -23,7 +23,7 @@ from data import BatchLoader, TokenDataset, shard_entry, write_index
 from hub import llama
 from hub.parquet import convert_parquet
 from relora import merge_and_reinit, merged_state, reset_optimizer
-from runtime import dist, kernels
+from runtime import kernels, machine
 from shards import write_shards
 from trainer import Trainer
 
@@ -100,7 +100,7 @@ def checkpoint_costs(t: Trainer, rows: torch.Tensor, folder: Path) -> dict[str, 
 
 def sweep_attention(batch: int, length: int) -> list[dict[str, Any]]:
     """Milliseconds of forward and backward of causal attention, 12 heads on 4, by head_dim and backend."""
-    device = dist.pick_device()
+    device = machine.pick_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ways = {backend.name: functools.partial(sdpa_of, backend) for backend in
             (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)}

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import faulthandler
 import gc
 import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -29,10 +27,6 @@ from config import UserError
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LAUNCHER_SECONDS = 30  # for torchrun's store to answer
-SECOND_THOUGHT_SECONDS = 3.0
-PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # by a part of the GPU's name
-FULL = (errno.ENOSPC, errno.EDQUOT)
-BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS)
 
 _hosts: torch_dist.ProcessGroup | None = None  # for votes, which must not wait for a device
 _patient: torch_dist.ProcessGroup | None = None  # for objects: one rank may be downloading while the others wait
@@ -57,36 +51,9 @@ def node_suffix() -> str:
     return "" if node == "0" else f".node{node}"
 
 
-def print0(*words: Any, **options: Any) -> None:
-    if rank() == 0:
-        print(*words, flush=True, **options)
-
-
-def pick_device(wanted: str = "auto") -> torch.device:
-    """The device of this rank: `wanted` (cuda, mps, cpu) if it is there, otherwise the best that is."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size() == 1,
-             "cpu": True}
-    kind = wanted if there.get(wanted) else next(k for k, is_there in there.items() if is_there)
-    return torch.device(kind, local_rank()) if kind == "cuda" else torch.device(kind)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Operations a second that the GPU's maker names for dense bf16, where it is known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-
-
-class Ending(BaseException):
-    """The end of a run that is no error in it, such as a signal: no `except Exception` may take it for one."""
-
-    def __init__(self, words: str, exit_code: int):
-        super().__init__(words)
-        self.exit_code = exit_code
-
-
 @contextlib.contextmanager
-def session(wanted_device: str = "auto", hang_minutes: float = 30, patience_minutes: float = 60) -> Iterator[torch.device]:
-    """Join the process group, if torchrun started us, and leave it at the end; yields this rank's device.
+def session(device: torch.device, hang_minutes: float = 30, patience_minutes: float = 60) -> Iterator[torch.device]:
+    """Join the process group, if torchrun started us, and leave it at the end; yields `device`, this rank's.
 
     A collective in which a rank is missing fails after hang_minutes; one that waits for another rank's result, such as
     a download at the start, after patience_minutes more.
@@ -94,7 +61,6 @@ def session(wanted_device: str = "auto", hang_minutes: float = 30, patience_minu
     global _hosts, _patient
     if not faulthandler.is_enabled():
         faulthandler.enable(file=sys.__stderr__)  # a crash inside a library shows from where it was called
-    device = pick_device(wanted_device)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -157,7 +123,7 @@ def barrier() -> None:
         torch_dist.barrier(group=_patient)
 
 
-def sum_(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Add up `tensor` over the ranks, in place, and return it."""
     if _group():
         torch_dist.all_reduce(tensor)
@@ -175,7 +141,7 @@ def max_over_ranks(*values: int) -> list[int]:
     return votes.tolist()
 
 
-def from_rank0(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's `value` (a picklable object) on every rank."""
     box = [value]
     if _group():
@@ -191,7 +157,7 @@ def on_rank0(work: Callable[[], T]) -> T:
             result = work()
         except UserError as error:
             result = error
-    result = from_rank0(result)
+    result = broadcast_object(result)
     if isinstance(result, UserError):
         raise result
     return result
@@ -207,12 +173,12 @@ def on_each_node(work: Callable[[], Any]) -> None:
             problem = error
         except OSError as error:
             problem = UserError(str(error))
-    problem = next(filter(None, gather(problem)), None)
+    problem = next(filter(None, all_gather_object(problem)), None)
     if problem is not None:
         raise problem
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """Every rank's `value` (a picklable object), in rank order, on every rank."""
     if not _group():
         return [value]
@@ -228,7 +194,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor, gathered if it is sharded. Every rank must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
@@ -241,7 +207,7 @@ def replicated(tensor: Tensor) -> Tensor:
     return tensor.redistribute(placements=[Replicate()])
 
 
-def like(whole: Tensor, target: Tensor) -> Tensor:
+def shard_like(whole: Tensor, target: Tensor) -> Tensor:
     """`whole`, the same on every rank, placed and sharded as `target` is."""
     whole = whole.to(target.device)
     if not is_sharded(target):
@@ -253,32 +219,4 @@ def like(whole: Tensor, target: Tensor) -> Tensor:
 @torch.no_grad()
 def assign_(target: Tensor, whole: Tensor) -> None:
     """Copy `whole`, the same on every rank, into `target` in place: optimizers and wrappers hold on to it."""
-    target.copy_(like(whole, target))
-
-
-# ---- commands ----------------------------------------------------------------------------------------------
-
-def command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`: what the user can fix is one line, and exit code 2."""
-    try:
-        sys.exit(main() or 0)
-    except Ending as error:  # all ranks end together
-        print0(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except UserError as error:
-        code, words = error.exit_code, str(error)
-    except OSError as error:
-        if error.errno not in (*FULL, *BAD_PATH):
-            raise
-        code, words = (1, f"{error.filename or 'writing'}: the disk is full; free some room") if error.errno in FULL else \
-            (2, f"{str(error.filename)[:100]}: {error.strerror}; give another path")
-    except UnicodeEncodeError as error:
-        code, words = 2, f"{error.object[:40]!r}: is not text that can be written ({error.reason})"
-    except RecursionError:
-        code, words = 2, "the input is nested too deeply to be read"
-    except KeyboardInterrupt:
-        sys.exit(130)
-    if rank():  # most often rank 0 met the same, and its end has torchrun end us before we repeat it
-        time.sleep(SECOND_THOUGHT_SECONDS)
-    print(f"error: {f'rank {rank()}: ' if rank() else ''}{' '.join(words.split())[:900]}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    target.copy_(shard_like(whole, target))

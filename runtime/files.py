@@ -13,6 +13,7 @@ from typing import Any
 
 from config import UserError
 from runtime import dist
+from runtime.errors import FULL
 
 STAGING = ".staging-"  # before the names of what is not complete yet
 
@@ -92,7 +93,7 @@ def need_room(path: Path, size: int, what: str) -> None:
 
 def full_disk(error: Exception, path: Path, size: int) -> str:
     """The words of an error in writing `size` bytes to `path`; torch hides a full disk behind words of its own."""
-    if isinstance(error, OSError) and error.errno not in dist.FULL or isinstance(error, UserError):
+    if isinstance(error, OSError) and error.errno not in FULL or isinstance(error, UserError):
         return str(error)
     try:
         need_room(path, size, "it")
@@ -109,5 +110,5 @@ def reserve(path: Path, what: str) -> None:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
-                if error.errno in dist.FULL:
+                if error.errno in FULL:
                     raise NoRoom(f"{what} needs {size / 1e6:,.1f} MB, more than {path.parent} has left; make room") from None

@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config, UserError, to_dict
-from runtime import dist, guard
+from runtime import dist, locks
+from runtime.errors import Ending
 from runtime.files import finite, set_aside, write_json, write_text
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -42,7 +43,7 @@ def run_folder(cfg: Config) -> Path:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
             marks = sorted(runs.glob("*/.launcher"), key=lambda path: path.stat().st_mtime)
             name = next((m.parent.name for m in reversed(marks) if m.read_text() == _launcher()), name)
-    cfg.checkpointing.run_name = dist.from_rank0(name)
+    cfg.checkpointing.run_name = dist.broadcast_object(name)
     return runs / cfg.checkpointing.run_name
 
 
@@ -57,7 +58,7 @@ class RunFolder:
         self.cfg, self.path, self.writes = cfg, path, dist.rank() == 0
         self.level = LEVELS.index(cfg.monitoring.logging.log_level)
         self.step: int | None = None  # updates made, once training has begun
-        self._lock = guard.RunLock(path)
+        self._lock = locks.RunLock(path)
         self._wandb = self._bar = None
         self._waiting: dict[Path, str] = {}  # lines that a full disk did not take
 
@@ -73,7 +74,7 @@ class RunFolder:
             yield
         except BaseException as error:
             code = getattr(error, "exit_code", 1)
-            reason = str(error) if isinstance(error, (UserError, dist.Ending)) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, (UserError, Ending)) else f"{type(error).__name__}: {error}"
             raise
         finally:
             self._close(code, reason)

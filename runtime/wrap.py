@@ -64,7 +64,7 @@ def gradient_sync(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextM
     return contextlib.nullcontext()
 
 
-def eagerly(model: nn.Module) -> contextlib.AbstractContextManager:
+def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
     """Inside, compiled blocks run as they are written: rows of another length would have them compiled again, for any."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
@@ -72,12 +72,12 @@ def eagerly(model: nn.Module) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def observed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def eval_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, a model is looked at: eval mode, float32, not compiled. Afterwards it is as it was, ready to train."""
     was_training = model.training
     model.eval()
     try:
-        with torch.autocast(device.type, enabled=False), eagerly(model):
+        with torch.autocast(device.type, enabled=False), uncompiled(model):
             yield
     finally:
         model.train(was_training)

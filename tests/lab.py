@@ -25,7 +25,7 @@ import torch
 import yaml
 from torch.distributed import TCPStore
 
-from runtime import dist
+from runtime import command as commands
 from shards import write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,9 +33,9 @@ ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # one thread, as confte
 IN_TURN = """
 import json, sys
 import train
-from runtime import dist
+from runtime import command as commands
 from config import load_config
-with dist.session("cpu") as device:
+with dist.session(torch.device("cpu")) as device:
     for path, *words in json.loads(sys.argv[1]):
         train.train(load_config(path, words), device)
 """
@@ -222,7 +222,7 @@ def call(command: str, *words: object, code: int = 0) -> str:
     sys.argv = [command, *map(str, words)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            dist.command(importlib.import_module(command.removesuffix(".py")).main)
+            commands.command(importlib.import_module(command.removesuffix(".py")).main)
     except SystemExit as error:
         ended = error.code
     finally:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import signal
 import sys
@@ -14,6 +13,8 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+
+from runtime.command import Parser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -98,7 +99,7 @@ def one_round(runs: lab.Lab, name: str, rng: random.Random, told: dict[str, Coun
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -22,12 +22,13 @@ SHORT = "training.stop_at_step=10"
 WARM = "model.relora.warm_start_steps=6"
 
 BROKEN_MERGE = """
+from runtime.command import command
 import train
 from runtime import dist
 from relora import ReLoRALinear
 update = ReLoRALinear.update
 ReLoRALinear.update = lambda layer: 0.5 * update(layer)  # what is merged is half of what forward adds
-dist.command(train.main)
+command(train.main)
 """
 NAN_ON_RANK_1 = """
 import hashlib, json, math, os, sys
@@ -53,13 +54,13 @@ loop = train.loop
 
 def checked(t, *others):
     loop(t, *others)
-    weights = [dist.full(p.detach()) for p in t.model.parameters()]
+    weights = [dist.full_tensor(p.detach()) for p in t.model.parameters()]
     assert all(w.isfinite().all() for w in weights), "weights are not finite"
     digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()
-    assert len(set(dist.gather(digest))) == 1, "weights differ between the ranks"
+    assert len(set(dist.all_gather_object(digest))) == 1, "weights differ between the ranks"
 
 PicoDecoder.forward, train.loop = broken, checked
-with dist.session("cpu") as device:
+with dist.session(torch.device("cpu")) as device:
     for path, *words in json.loads(sys.argv[1]):
         calls, spoil = 0, SpoilsGradients.apply if "gradient" in path else lambda loss: loss * math.nan
         train.train(load_config(path, words), device)

@@ -47,6 +47,7 @@ def expected_titles():
 
 
 TIMED = """
+from runtime.command import command
 import threading, time
 import train
 from hub import uploads
@@ -76,7 +77,7 @@ def measured(*args):
     print(f"uploads took {spent / (time.perf_counter() - begun):.6f} of the training thread")
 
 train.loop = measured
-dist.command(train.main)
+command(train.main)
 """
 
 

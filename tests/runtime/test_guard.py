@@ -24,7 +24,7 @@ import trainer
 from config import ConfigError
 from hub import parquet
 from instruments import snapshots
-from runtime import dist, files, guard, run_folder
+from runtime import dist, files, locks, run_folder, signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 QUICK = ("evaluation.metrics=null", "checkpointing.learning_dynamics=null")
@@ -72,7 +72,7 @@ def signalled(monkeypatch, moment, number):
     ids=lambda value: getattr(value, "name", value))
 def test_a_signal_at_any_moment_costs_nothing(here, monkeypatch, moment, number):
     signalled(monkeypatch, moment, number)
-    printed = here.train("stopped", code=guard.REQUEUE)
+    printed = here.train("stopped", code=signals.REQUEUE)
     monkeypatch.undo()
     run = here.folder / "stopped"
     end = end_of(run)
@@ -88,7 +88,7 @@ def test_a_signal_at_any_moment_costs_nothing(here, monkeypatch, moment, number)
 
 def test_a_signal_before_the_first_update_stops_at_once(here, monkeypatch):
     monkeypatch.setattr(trainer, "build", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
-    here.train("early", code=guard.REQUEUE)
+    here.train("early", code=signals.REQUEUE)
     assert end_of(here.folder / "early") == {"code": 75, "reason": "stopped by SIGTERM before the first update", "step": None}
 
 
@@ -99,7 +99,7 @@ def test_a_signal_while_a_run_is_set_up_is_no_error_in_its_options(here, monkeyp
     close = run_folder.RunFolder._close
     monkeypatch.setattr(run_folder.RunFolder, "_close", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or close(*args))
     (here.folder / "early").mkdir()
-    here.train("early", code=guard.REQUEUE)
+    here.train("early", code=signals.REQUEUE)
     assert end_of(here.folder / "early")["code"] == 75 and not (here.folder / "early/.lock").exists()
 
 
@@ -116,19 +116,20 @@ def test_a_second_interrupt_stops_at_once(here, monkeypatch):
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with guard.catching_signals():
+    with signals.catching_signals():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 SLOW = """
+from runtime.command import command
 import sys, time
 import train
 from runtime import dist
 step = train.train_step
 train.train_step = lambda t, batch: (time.sleep(0.3), step(t, batch))
 if __name__ == "__main__":
-    dist.command(train.main)
+    command(train.main)
 """
 
 
@@ -156,6 +157,7 @@ def test_torchrun_passes_the_signal_on_and_all_ranks_end_in_time(here, number, t
 
 
 ONE_RANK_ONLY = """
+from runtime.command import command
 import os, signal
 import evaluate, train
 from runtime import dist
@@ -169,7 +171,7 @@ def told(*args):
     return losses_of(*args)
 
 evaluate.losses_of = told
-dist.command(train.main)
+command(train.main)
 """
 
 
@@ -264,9 +266,9 @@ def test_a_second_run_is_refused_with_host_and_pid_and_a_dead_ones_place_is_take
 
 @pytest.mark.parametrize("words", ["", "{", "[1]", '{"host": "x"}', '{"host": "x", "pid": 1, "born": "2"}'])
 def test_a_lock_without_signs_of_life_is_taken_over(tmp_path, monkeypatch, words):
-    monkeypatch.setattr(guard, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.1)
     (tmp_path / ".lock").write_text(words)
-    lock = guard.RunLock(tmp_path)
+    lock = locks.RunLock(tmp_path)
     lock.acquire()
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     lock.release()
@@ -274,13 +276,13 @@ def test_a_lock_without_signs_of_life_is_taken_over(tmp_path, monkeypatch, words
 
 
 def test_a_lock_of_another_machine_that_is_alive_is_respected(tmp_path, monkeypatch):
-    monkeypatch.setattr(guard, "HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.5)
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(guard, "_machine", lambda: "elsewhere boot ns")
-        other = guard.RunLock(tmp_path)
+        elsewhere.setattr(locks, "_machine", lambda: "elsewhere boot ns")
+        other = locks.RunLock(tmp_path)
         other.acquire()
     with pytest.raises(ConfigError, match=f"process {os.getpid()} on elsewhere"):
-        guard.RunLock(tmp_path).acquire()
+        locks.RunLock(tmp_path).acquire()
     other.release()
 
 
@@ -428,6 +430,7 @@ if "RANK" in __import__("os").environ and __import__("os").environ["RANK"] == "1
     sys.path.insert(0, rank_1_only)
 import checkpoint, config, data, train
 from runtime import dist
+from runtime.command import command
 step = train.train_step
 
 def fall_asleep_here(t, batch):
@@ -458,7 +461,7 @@ if how == "cannot read" and dist.rank() == 1:  # as where the disk of runs/ is n
 if how == "other words":
     sys.argv += [f"training.seed={dist.rank()}"]
 if __name__ == "__main__":
-    dist.command(train.main)
+    command(train.main)
 """
 
 

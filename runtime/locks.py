@@ -1,93 +1,20 @@
-"""What keeps a run whole on machines that die: stop signals, one run a folder, room on the disk, equal ranks.
-
-SIGTERM, SIGINT and SIGUSR1 do not end the process: they are noted, and `stop_point`, which all long work calls, raises
-Stopped on every rank together, so that the training loop can still write a checkpoint. A second SIGINT ends it at once.
-"""
+"""One process a run folder: a file that says which, and a way to tell whether it still lives."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
-import torch
+from config import ConfigError
 
-from config import Config, ConfigError, flat, to_dict
-from runtime import dist
-
-REQUEUE = 75  # "try again later" in BSD's sysexits; torchrun makes it 1, exit.json keeps it
 TAKEOVER_SECONDS = 0.3
 HEARTBEAT_SECONDS = 10.0  # between the lock's signs of life
-ROOMS = ("config", "runtime", "hub", "instruments")
 
-
-class Stopped(dist.Ending):
-    """Told to stop by a signal; the same command goes on from the checkpoint."""
-
-    def __init__(self, number: int, when: str = ""):
-        super().__init__(f"stopped by {signal.Signals(number).name}{when}", REQUEUE)
-
-
-# ---- signals -------------------------------------------------------------------------------------------------
-
-_caught = 0  # the signal that this process was sent, if any
-_deferred = False  # whether it waits for the next stop_point
-
-
-@contextlib.contextmanager
-def catching_signals() -> Iterator[None]:
-    """Inside, SIGTERM, SIGINT and SIGUSR1 raise Stopped: at once, or after `defer_signals` at the next stop_point."""
-    global _caught, _deferred
-    _caught, _deferred = 0, False
-    names = ("SIGTERM", "SIGINT", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, _note) for n in names if (number := getattr(signal, n, None))}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _caught = 0
-
-
-def defer_signals() -> None:
-    """From now on signals wait for the next stop_point, since there is something to lose."""
-    global _deferred
-    _deferred = True
-
-
-def _note(number: int, frame: FrameType | None) -> None:
-    global _caught
-    if number == signal.SIGINT == _caught:
-        raise KeyboardInterrupt
-    first, _caught = not _caught, number
-    if first and not _deferred:
-        raise Stopped(number, " before the first update")
-
-
-def stop_signal() -> int:
-    """The signal that this process was sent, or 0: this rank's part in a vote."""
-    return _caught
-
-
-def stop_point(caught: int | None = None) -> None:
-    """Raise Stopped on all ranks if any was sent a signal. Every rank must call it, in step with the others.
-
-    `caught` is the outcome of a vote that was held already.
-    """
-    number = dist.max_over_ranks(_caught)[0] if caught is None else caught
-    if number:
-        raise Stopped(number)
-
-
-# ---- one run a folder ------------------------------------------------------------------------------------------
 
 class RunLock:
     """A file that says which process writes a run's folder. A dead one's is taken over.
@@ -184,18 +111,3 @@ def _birth(pid: int) -> str:
     except OSError:
         pass
     return "alive"
-
-
-# ---- equal ranks -------------------------------------------------------------------------------------------------
-
-def same_everywhere(cfg: Config) -> None:
-    """Raise ConfigError unless all ranks run with the same options, the same code and the same torch."""
-    root = Path(__file__).parent.parent
-    code = {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted([*root.glob("*.py"), *(p for room in ROOMS for p in root.glob(f"{room}/*.py"))])}
-    everyone = dist.gather(flat(to_dict(cfg)) | code | {"torch": torch.__version__})
-    for rank, theirs in enumerate(everyone):
-        for key, value in everyone[0].items():
-            if theirs.get(key) != value:
-                how = "is other code" if key in code else f"is {theirs.get(key)!r}, {value!r} on rank 0"
-                raise ConfigError(f"{key}: {how} on rank {rank}; start all ranks with the same words and the same code")

@@ -1,0 +1,75 @@
+"""What every command shares: its words read strictly, its errors told in one line with the exit code that fits."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from config import UserError
+from runtime import dist
+from runtime.errors import BAD_PATH, FULL, Ending
+from runtime.log import start_logging
+
+SECOND_THOUGHT_SECONDS = 3.0
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for a module's docstring, whose errors are one line with the fix, as all of ours are."""
+
+    def __init__(self, description: str | None = None, **options: Any):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> None:
+        message = message.removeprefix("argument ")
+        if dashed := re.search(r"unrecognized arguments:.* --?(\w+\.[\w.]+=\S*)", f"{message} "):
+            message += f"; options of the configuration have no dashes: {dashed[1]}"
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(choice[1], re.findall(r"[\w.-]+", choice[2]), n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+    """What reads an argument as an int or a float from `least` to `most`."""
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} must be from {least} to {most}")
+        return value
+    return read
+
+
+def command(main: Callable[[], int | None]) -> None:
+    """Run a command's `main`: what the user can fix is one line, and exit code 2."""
+    try:
+        start_logging()
+        sys.exit(main() or 0)
+    except Ending as error:  # all ranks end together
+        if dist.rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except UserError as error:
+        code, words = error.exit_code, str(error)
+    except OSError as error:
+        if error.errno not in (*FULL, *BAD_PATH):
+            raise
+        code, words = (1, f"{error.filename or 'writing'}: the disk is full; free some room") if error.errno in FULL else \
+            (2, f"{str(error.filename)[:100]}: {error.strerror}; give another path")
+    except UnicodeEncodeError as error:
+        code, words = 2, f"{error.object[:40]!r}: is not text that can be written ({error.reason})"
+    except RecursionError:
+        code, words = 2, "the input is nested too deeply to be read"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if dist.rank():  # most often rank 0 met the same, and its end has torchrun end us before we repeat it
+        time.sleep(SECOND_THOUGHT_SECONDS)
+    print(f"error: {f'rank {dist.rank()}: ' if dist.rank() else ''}{' '.join(words.split())[:900]}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,16 @@
+"""What ends a command besides its success, and the system's error numbers that a user can do something about."""
+
+from __future__ import annotations
+
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS)
+
+
+class Ending(BaseException):
+    """The end of a run that is no error in it, such as a signal: no `except Exception` may take it for one."""
+
+    def __init__(self, words: str, exit_code: int):
+        super().__init__(words)
+        self.exit_code = exit_code
