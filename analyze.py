@@ -31,7 +31,7 @@ from config import ConfigError, config_from_dict
 from instruments import components, measures, report
 from instruments.components import KINDS, AnalysisError, Matrix, Request, Row, bases, matrices, target_of, updates
 from instruments.snapshots import Snapshots
-from relora import learning_rate_multiplier
+from optim import learning_rate_multiplier
 from runtime.command import Parser, command
 from runtime.files import write_text
 
@@ -223,7 +223,7 @@ def learning_rates(run: Snapshots) -> list[tuple[int, float]]:
     except ConfigError:
         return []
     rate = cfg.training.optimization.lr
-    return [(step, rate * learning_rate_multiplier(step, cfg)) for step in range(min(cfg.last_step, max(run.folders)))]
+    return [(step, rate * learning_rate_multiplier(step, cfg.training, cfg.model.relora)) for step in range(min(cfg.last_step, max(run.folders)))]
 
 
 @contextlib.contextmanager

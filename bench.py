@@ -38,9 +38,9 @@ from instruments import timing
 from model import PicoDecoder
 from runtime import machine
 from runtime.command import Parser, command
-from runtime.run_folder import Progress
+from runtime.progress import Progress
 from shards import write_shards
-from trainer import Trainer, build
+from train import TrainState, build
 
 VOCAB = 50304
 PRESETS = ("tiny", "small", "medium", "large")
@@ -77,11 +77,9 @@ def case_config(case: Case, more: Iterable[str] = ()) -> Config:
 
 # ---- in the process of a case ----------------------------------------------------------------------------------
 
-def trainer(case: Case, cfg: Config, device: torch.device) -> Trainer:
+def train_state(case: Case, cfg: Config, device: torch.device) -> TrainState:
     precision = "bf16-mixed" if device.type == "cuda" else "32-true"
-    t = Trainer(cfg, device, precision, None, None, None, None, None, Progress(device))
-    build(t, adapters=case.mode.startswith("r"))
-    return t
+    return TrainState(cfg, device, precision, *build(cfg, device, adapters=case.mode.startswith("r")), Progress(device))
 
 
 def stock_step(case: Case, cfg: Config, device: torch.device, rows: torch.Tensor) -> tuple[Callable[[], None], float]:
@@ -118,7 +116,7 @@ def work(case: Case) -> None:
     if case.mode == "hf":
         t, (step, flops) = None, stock_step(case, cfg, device, rows)
     else:
-        t = trainer(case, cfg, device)
+        t = train_state(case, cfg, device)
         step, flops = timing.our_step(t, rows), t.model.flops_per_token()
     for _ in range(3):
         step()
@@ -225,7 +223,7 @@ def bench_data() -> dict[str, float]:
 def count_recompilations(preset: str, batch: int, seq_len: int) -> dict[str, Any]:
     case, device = Case(preset, "r16", 0.0, True, batch, seq_len, None), machine.pick_device()
     rows = torch.randint(VOCAB, (batch, seq_len + 1), device=device)
-    found = timing.recompilations(trainer(case, case_config(case), device), rows)
+    found = timing.recompilations(train_state(case, case_config(case), device), rows)
     print(f"{preset}: {found['graphs']} graphs compiled in the first step, {found['over_3_merges']} more over 3 merges",
           flush=True)
     return {"name": "recompilations", "preset": preset, **found}

@@ -4,7 +4,7 @@ A step folder is written beside its final name, every file is fsynced and listed
 manifest.json, and only then the folder is renamed: a folder without a matching manifest is not a checkpoint.
 
     checkpoints/latest                       the newest complete step's folder name
-    checkpoints/step_N/manifest.json         name, size, sha256 of every file; written last
+    checkpoints/step_N/manifest.json         name, size, files.sha256 of every file; written last
     checkpoints/step_N/training_state/checkpoint.pt
         {"step", "model": {name: tensor}, "optimizer": {parameter name: {key: tensor}}, "data", "progress", "config"}
 
@@ -14,35 +14,22 @@ Tensors are whole and float32 on the CPU, so a run may go on with other ranks or
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from config import CheckpointingConfig, Config, ConfigError, UserError, contradictions, to_dict
-from runtime import dist
-from runtime.files import STAGING, NoRoom, fsync, full_disk, need_room, set_aside, sha256, write_text
-
-MANIFEST = "manifest.json"
-
-
-class Writer(NamedTuple):
-    """How to write one file of a checkpoint."""
-    write: Callable[[Path], Any]  # to the path that it is given
-    size: int = 0  # bytes, about; 0: few
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is not there, not whole, or of another run."""
-
+from config import CheckpointingConfig, ConfigError, UserError
+from runtime import dist, files
+from runtime.files import STAGING, Unreadable, remove_tree, set_aside
+from runtime.log import log
+from runtime.manifest import CheckpointError, Writer, extend, holds, publish, read_manifest, verify, write_manifest  # noqa: F401
 
 # ---- state of model and optimizers --------------------------------------------------------------------------
 
@@ -101,7 +88,7 @@ def load_optimizer_state(model: nn.Module, optimizers: Iterable[torch.optim.Opti
 
 
 def torch_writer(value: Any) -> Writer:
-    return Writer(lambda path: torch.save(value, path), tensor_bytes(value))
+    return Writer(lambda file: torch.save(value, file), tensor_bytes(value))
 
 
 def tensor_bytes(value: Any) -> int:
@@ -113,95 +100,60 @@ def tensor_bytes(value: Any) -> int:
 
 # ---- writing -------------------------------------------------------------------------------------------------
 
-def _write_manifest(folder: Path, entries: dict[str, dict]) -> None:
-    write_text(folder / MANIFEST, json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n")
-
-
-def publish(folder: Path, files: dict[str, Writer]) -> None:
-    """Write `files` (relative path -> writer) as the checkpoint `folder`, which appears only when complete.
-
-    Raises CheckpointError, saying how much is needed, and leaves nothing behind, where the disk is full.
-    """
-    staged = folder.with_name(f"{STAGING}{folder.name}")
-    needed, problem = sum(writer.size for writer in files.values()), None
+def _twice(work: Callable[[], None]) -> None:
+    """work(), and once more after an error that may pass."""
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        need_room(folder, needed, "it")
-        staged.mkdir(parents=True)
-        entries = {name: _write_file(staged / name, writer) for name, writer in files.items()}
-        for parent in {(staged / name).parent for name in files}:
-            fsync(parent)
-        _write_manifest(staged, entries)
-    except BaseException as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        if not isinstance(error, (OSError, RuntimeError, NoRoom)):  # torch.save tells of a full disk by RuntimeError
-            raise
-        problem = full_disk(error, folder, needed)
-    if problem is not None:  # raised only here: the error above keeps the half-written file open, and its disk space in use
-        raise CheckpointError(f"{folder} cannot be written: {problem}")
-    _replace(folder, staged, entries)
-
-
-def _write_file(path: Path, writer: Writer) -> dict[str, Any]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer.write(path)
-    fsync(path)
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _replace(folder: Path, staged: Path, entries: dict[str, dict]) -> None:
-    """Rename the staged folder. One that stood there is kept aside, unless it held nothing more (see `save` in train.py)."""
-    before = set_aside(folder) if folder.exists() else None
-    os.rename(staged, folder)
-    fsync(folder.parent)
-    if before is not None:
-        with contextlib.suppress(CheckpointError):
-            if read_manifest(before).keys() <= entries.keys():
-                shutil.rmtree(before)
+        work()
+    except CheckpointError as error:
+        log.warning(f"{error}; trying again")
+        work()
 
 
 def mark_latest(folder: Path) -> None:
-    write_text(folder.parent / "latest", f"{folder.name}\n")
+    files.write_text(folder.parent / "latest", f"{folder.name}\n")
 
 
 class Saver:
     """Publishes checkpoints in a thread, one in flight, so that training goes on meanwhile."""
 
-    def __init__(self, cfg: CheckpointingConfig, run: Path, say: Callable[..., None],
-                 published: Callable[[], None] = lambda: None):
-        self.cfg, self.folder, self.say, self.published = cfg, run / cfg.checkpoints_dir, say, published
+    def __init__(self, cfg: CheckpointingConfig, run: Path, published: Callable[[], None] = lambda: None):
+        self.cfg, self.folder, self.published = cfg, run / cfg.checkpoints_dir, published
         self.error: Exception | None = None  # of the latest write
         self._thread: threading.Thread | None = None
 
-    def save(self, step: int, files: dict[str, Writer]) -> None:
+    def save(self, step: int, writers: dict[str, Writer]) -> None:
         """Start to publish step_N; first waits for the one before."""
         self.wait()
-        self._thread = threading.Thread(target=self._work, args=(self.folder / f"step_{step}", files))
+        self._thread = threading.Thread(target=self._work, args=(self.folder / f"step_{step}", writers))
         self._thread.start()
 
-    def _work(self, folder: Path, files: dict[str, Writer]) -> None:
+    def _work(self, folder: Path, writers: dict[str, Writer]) -> None:
         try:
             self.error = None
-            self._publish(folder, files)
+            _twice(lambda: publish(folder, writers))
         except Exception as error:  # the training loop checks it
             self.error = error
             return
         try:
             mark_latest(folder)
             prune_training_states(self.folder, self.cfg)
-        except OSError as error:  # the checkpoint is there; `latest` is put right at the next start
-            self.say(f"{folder.parent}: cannot be tidied ({error.strerror})", "WARNING")
+        except (OSError, UserError) as error:  # the checkpoint is there; `latest` is put right at the next start
+            log.warning(f"{folder.parent}: cannot be tidied ({error})")
         self.published()
 
-    def _publish(self, folder: Path, files: dict[str, Writer]) -> None:
+    def extend(self, step: int, writers: dict[str, Writer]) -> None:
+        """Start to add files to step_N; first waits for what is in flight."""
+        self.wait()
+        if writers and self.error is None:
+            self._thread = threading.Thread(target=self._extend, args=(self.folder / f"step_{step}", writers))
+            self._thread.start()
+
+    def _extend(self, folder: Path, writers: dict[str, Writer]) -> None:
         try:
-            publish(folder, files)
-        except CheckpointError as error:
-            needed = {n: w for n, w in files.items() if not n.startswith(f"{self.cfg.learning_dynamics_dir}/")}
-            if len(needed) == len(files):
-                raise
-            self.say(f"{error}; writing it without its snapshots", "WARNING")
-            publish(folder, needed)
+            _twice(lambda: extend(folder, writers))
+        except Exception as error:  # they can be had again from this step; the training state is safe
+            log.warning(f"{error}; going on without the snapshots of {folder.name}")
+        self.published()
 
     @property
     def busy(self) -> bool:
@@ -224,8 +176,8 @@ def prune_training_states(checkpoints: Path, cfg: CheckpointingConfig) -> None:
             entries = read_manifest(folder)
         except CheckpointError:  # a damaged folder is for find_resumable to judge
             continue
-        _write_manifest(folder, {n: e for n, e in entries.items() if not n.startswith(f"{cfg.fabric_checkpoint_dir}/")})
-        shutil.rmtree(folder / cfg.fabric_checkpoint_dir)
+        write_manifest(folder, {n: e for n, e in entries.items() if not n.startswith(f"{cfg.fabric_checkpoint_dir}/")})
+        remove_tree(folder / cfg.fabric_checkpoint_dir)
 
 
 # ---- finding and reading -------------------------------------------------------------------------------------
@@ -238,67 +190,45 @@ def step_folders(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def read_manifest(folder: Path) -> dict[str, dict]:
-    """{relative path: {size, sha256}}. Raises CheckpointError where it is missing or makes no sense."""
-    try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, entry in entries.items():
-            path = Path(name)
-            if path.is_absolute() or ".." in path.parts or set(name) & set("\\:") or not isinstance(entry["size"], int):
-                raise ValueError(f"the entry {name!r} points outside of the folder or has no size")
-            str(entry["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: {MANIFEST} is missing or damaged ({error})") from None
-    return entries
-
-
-def verify(folder: Path) -> dict[str, dict]:
-    """The manifest's entries, every file compared with them. Raises CheckpointError naming the first that differs."""
-    entries = read_manifest(folder)
-    for name, entry in entries.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: {name} is missing")
-        if path.stat().st_size != entry["size"]:
-            raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes instead of {entry['size']}")
-        if sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{folder}: {name} differs from its checksum")
-    return entries
-
-
 def find_resumable(checkpoints: Path, cfg: CheckpointingConfig) -> tuple[Path | None, list[str]]:
     """(the newest valid step folder with a training state, or None; what is wrong with each newer one).
 
-    Damaged folders are set aside, leftovers of interrupted writes are deleted or, where only the renaming was left to
-    do, completed.
+    Damaged folders are set aside, unreadable ones stay; leftovers of interrupted writes are deleted or, where only the
+    renaming was left to do, completed. Raises Unreadable where that is why there is none. Call it with the run's lock held.
     """
     if checkpoints.is_dir():
         for leftover in checkpoints.glob(f"{STAGING}*"):
-            _settle(leftover)
-    complaints = []
-    for folder in step_folders(checkpoints):
+            _finish_or_remove(leftover)
+    complaints, unreadable = [], None
+    for folder in files.try_again(lambda: step_folders(checkpoints), checkpoints):
         try:
             entries = verify(folder)
         except CheckpointError as error:
             complaints.append(f"{error}; kept as {set_aside(folder).name}")
+            continue
+        except Unreadable as error:
+            complaints.append(f"{error} (an older step is taken, if there is one)")
+            unreadable = unreadable or error
             continue
         if f"{cfg.fabric_checkpoint_dir}/{cfg.fabric_checkpoint_filename}" in entries:
             with contextlib.suppress(OSError):  # a full disk
                 mark_latest(folder)
             return folder, complaints
         complaints.append(f"{folder}: holds no training state (pruned)")
+    if unreadable is not None:
+        raise unreadable
     return None, complaints
 
 
-def _settle(leftover: Path) -> None:
-    target = leftover.with_name(leftover.name.removeprefix(STAGING))
+def _finish_or_remove(leftover: Path) -> None:
+    target = leftover.with_name(leftover.name.removeprefix(STAGING).partition("@")[0])
     try:
         if target.exists():
             raise CheckpointError(f"{target}: is there already")
         verify(leftover)
         os.rename(leftover, target)
     except CheckpointError:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        remove_tree(leftover)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -313,14 +243,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def resume(checkpoints: Path, cfg: Config) -> tuple[dict[str, Any] | None, list[str]]:
-    """(the newest valid training state for a run of `cfg`, or None: start afresh; what the user should be told).
+def resume(checkpoints: Path, cfg: CheckpointingConfig) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+    """(the newest valid step folder, its training state, what the user should be told); None and None: start afresh.
 
-    Every rank must call it. Raises UserError where run and checkpoint contradict each other.
+    Every rank must call it, rank 0 with the run's lock held where there is a folder. Raises UserError.
     """
     def find() -> tuple[Path | None, list[str]]:
-        if cfg.checkpointing.training.auto_resume:
-            return find_resumable(checkpoints, cfg.checkpointing)
+        if cfg.training.auto_resume:
+            return find_resumable(checkpoints, cfg)
         if step_folders(checkpoints):
             raise ConfigError(f"checkpointing.training.auto_resume: is off, but {checkpoints} holds checkpoints; choose "
                               f"another checkpointing.run_name")
@@ -328,16 +258,9 @@ def resume(checkpoints: Path, cfg: Config) -> tuple[dict[str, Any] | None, list[
 
     found, notes = dist.on_rank0(find)
     if found is None:
-        return None, notes
-    state = read_state(found / cfg.checkpointing.fabric_checkpoint_dir / cfg.checkpointing.fabric_checkpoint_filename)
-    try:
-        differences = contradictions(state["config"], to_dict(cfg))
-        before = state["config"]["training"]["max_steps"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{found}: holds no configuration of this lab ({error})") from None
-    if differences:
-        raise ConfigError(f"{found}: is of another run ({'; '.join(differences)}); put these back, or choose another "
-                          f"checkpointing.run_name")
-    if before != cfg.training.max_steps:
-        notes.append(f"training.max_steps: {before} -> {cfg.training.max_steps} bends the schedule from here on")
-    return state, notes
+        return None, None, notes
+    state = read_state(found / cfg.fabric_checkpoint_dir / cfg.fabric_checkpoint_filename)
+    if found.name != f"step_{state['step']}":
+        raise CheckpointError(f"{found}: holds the state of step {state['step']}; give the folder its name back, step_"
+                              f"{state['step']}")
+    return found, state, notes

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from config import UserError
 from runtime.files import sha256
+from runtime.log import log
 
 INDEX = "index.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -157,6 +158,11 @@ class TokenDataset:
     def epoch(self, step: int, batch_size: int) -> int:
         """How often the rows have been gone through before batch `step`."""
         return step * batch_size // len(self)
+
+    def tell_epoch(self, step: int, batch_size: int) -> None:
+        """Say so where batch `step` is the first of a new epoch."""
+        if (epoch := self.epoch(step, batch_size)) > self.epoch(step - 1, batch_size):
+            log.info(f"step {step}: epoch {epoch + 1} of the data has begun")
 
 
 def to_device(rows: np.ndarray, device: torch.device) -> Tensor:

@@ -13,18 +13,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import Config, ConfigError, UserError, config_from_dict, load_config
+from config import ConfigError, DatasetConfig, EvaluationConfig, ModelConfig, UserError, config_from_dict, load_config
 from data import INDEX, TokenDataset, Tokenizer, load_tokenizer, read_index, to_device
 from hub.datasets import local_or_hub
 from hub.llama import load_decoder, resolve
@@ -34,10 +34,15 @@ from runtime.command import Parser, command
 from runtime.files import write_json
 from runtime.kernels import IGNORE
 from runtime.log import log
+from runtime.progress import perplexity
 from runtime.wrap import eval_mode
 
 T = TypeVar("T")
 TIDY_TURNS = 64  # of an evaluation, between two calls of return_free_memory
+
+
+class OutOfMemory(Exception):
+    """One of the ranks had no memory left for a batch."""
 
 
 def map_over_ranks(count: int, work: Callable[[int], T], what: str) -> list[T]:
@@ -46,16 +51,25 @@ def map_over_ranks(count: int, work: Callable[[int], T], what: str) -> list[T]:
     What each call computes does not depend on the number of ranks. Under FSDP2 all ranks must run forward equally
     often, so a rank without a number left repeats the first and drops the result.
     """
-    world, mine = dist.world_size(), {}
+    world, mine, problem = dist.world_size(), {}, None
     for turn in tqdm(range(-(-count // world)), desc=what, disable=None if dist.rank() == 0 else True, leave=False):
         signals.stop_point()
         number = turn * world + dist.rank()
-        result = work(number if number < count else 0)
-        if number < count:
+        try:
+            if problem is None:
+                result = work(number if number < count else 0)
+        except (RuntimeError, MemoryError) as error:
+            if not machine.is_out_of_memory(error):
+                raise
+            problem = f"rank {dist.rank()} ran out of memory"  # told to the others at the end: until then they vote with us
+        if number < count and problem is None:
             mine[number] = result
         if turn % TIDY_TURNS == TIDY_TURNS - 1:
             return_free_memory()
-    merged = {number: result for part in dist.all_gather_object(mine) for number, result in part.items()}
+    parts = dist.all_gather_object((mine, problem))
+    if problem := next((theirs for _, theirs in parts if theirs), None):
+        raise OutOfMemory(problem)
+    merged = {number: result for part, _ in parts for number, result in part.items()}
     return [merged[number] for number in range(count)]
 
 
@@ -78,10 +92,6 @@ def row_losses(model: nn.Module, rows: np.ndarray, batch_size: int, device: torc
         ids = to_device(rows[number * batch_size:(number + 1) * batch_size], device)
         return losses_of(model, ids[:, :-1], ids[:, 1:])
     return np.concatenate(map_over_ranks(-(-len(rows) // batch_size), batch, what))
-
-
-def perplexity(loss: float | None) -> float | None:
-    return None if loss is None else math.exp(min(loss, 700.0))  # e^710 overflows
 
 
 def rows_metrics(losses: np.ndarray, tokens: int) -> dict[str, float]:
@@ -128,77 +138,133 @@ def evaluate_blimp(model: nn.Module, pairs: list[blimp.Pair], tokenizer: Tokeniz
     return {"start_token": start, "pairs": len(pairs), **blimp.accuracies(pairs, losses[0::2] < losses[1::2])}
 
 
-# ---- what a config asks for --------------------------------------------------------------------------------------
+# ---- what there is to evaluate -------------------------------------------------------------------------------------
 
-def open_rows(name: str, split: str, key: str, cfg: Config) -> TokenDataset:
-    """The evaluation rows that the option `key` names, a folder or a Hub dataset. Raises ConfigError naming key and fix."""
-    try:
-        rows = TokenDataset(local_or_hub(name, split, cfg.data.dataset, cfg.model.vocab_size), split)
-    except UserError as error:
-        raise ConfigError(f"{key}: {name!r} cannot be had ({error}); give a folder made by shards.py, or null") from None
-    if rows.vocab_size > cfg.model.vocab_size:
-        raise ConfigError(f"{key}: {name!r} holds ids up to {rows.vocab_size - 1}, and the model knows "
-                          f"{cfg.model.vocab_size}; give rows of the model's own tokenizer, or null")
-    return rows
+@dataclass
+class Setting:
+    """What evaluators are made from: their options, and the model and the data that they are about."""
+    cfg: EvaluationConfig
+    data: DatasetConfig
+    model: ModelConfig
+    dataset: Path  # the folder of the training data, for its val split and entropy
+    tokenizer: Tokenizer
+    device: torch.device
+
+    def open_rows(self, name: str, split: str, key: str) -> TokenDataset:
+        """The rows that the option `key` names, a folder or a Hub dataset. Raises ConfigError naming key and fix."""
+        try:
+            rows = TokenDataset(local_or_hub(name, split, self.data, self.model.vocab_size), split)
+        except UserError as error:
+            raise ConfigError(f"{key}: {name!r} cannot be had ({error}); give a folder made by shards.py, or null") from None
+        if rows.vocab_size > self.model.vocab_size:
+            raise ConfigError(f"{key}: {name!r} holds ids up to {rows.vocab_size - 1}, and the model knows "
+                              f"{self.model.vocab_size}; give rows of the model's own tokenizer, or null")
+        return rows
+
+    def cut(self, rows: np.ndarray, longest: int, what: str) -> np.ndarray:
+        """Rows of at most `longest` tokens more than the first, as the model reads them; says what is cut."""
+        longest = min(longest, self.model.max_seq_len) + 1
+        if rows.shape[1] > longest:
+            log.warning(f"{what}: rows of {rows.shape[1]} tokens are cut to {longest}, which the model reads; the losses are of "
+                        "these")
+        return rows[:, :longest]
 
 
-class Evaluation:
-    """The evaluations that a config asks for; opens their data at once, so that errors come at the start.
+class Evaluator(Protocol):
+    """One kind of evaluation: opens its data at once, so that errors come at the start; measures a model when called."""
 
-    `dataset` is the folder of the training data, for its val split, entropy and tokenizer. Rows longer than the model
-    reads are cut.
-    """
+    def __init__(self, setting: Setting):
+        """Raises ConfigError naming key and fix."""
 
-    def __init__(self, cfg: Config, dataset: Path, device: torch.device):
-        self.cfg, self.device, self.tokenizer = cfg, device, load_tokenizer(dataset)
-        e, dynamics, metrics = cfg.evaluation, cfg.checkpointing.learning_dynamics, cfg.evaluation.metrics or []
-        longest = cfg.model.max_seq_len + 1
-        self.rows: dict[str, np.ndarray] = {}
-        if "val" in metrics:
-            val = open_rows(str(dataset), "val", "evaluation.metrics", cfg)
-            self.rows["val"] = val.rows(0, min(len(val), e.val.max_rows or len(val)))[:, :longest]
-        if "paloma" in metrics:
-            paloma = open_rows(e.paloma.dataset_name, e.paloma.dataset_split, "evaluation.paloma.dataset_name", cfg)
-            self.rows["paloma"] = paloma.rows(0, len(paloma))[:, :min(e.paloma.max_length, longest)]
-            self.sources = [s for shard in paloma.index["shards"] for s in shard.get("sources", [])]
-        self.pairs = blimp.load_pairs(e.blimp) if "blimp" in metrics else []
-        index = dataset / "train" / INDEX
+    def __call__(self, model: nn.Module) -> tuple[dict[str, Any], str]:
+        """(results, a line that tells them). Every rank must call it."""
+
+
+class ValLoss:
+    """Loss on the dataset's own val split."""
+
+    def __init__(self, setting: Setting):
+        self.options, self.device = setting.cfg.val, setting.device
+        val = setting.open_rows(str(setting.dataset), "val", "evaluation.metrics")
+        self.rows = setting.cut(val.rows(0, min(len(val), self.options.max_rows or len(val))), setting.model.max_seq_len, "val")
+        index = setting.dataset / "train" / INDEX
         self.entropy = read_index(index.parent).get("entropy") if index.exists() else None
-        self.snapshot_rows: np.ndarray | None = None
-        if dynamics is not None and dynamics.eval_data is not None:
-            name = str(dataset) if dynamics.eval_data == "val" else dynamics.eval_data
-            source = open_rows(name, "val", "checkpointing.learning_dynamics.eval_data", cfg)
-            self.snapshot_rows = source.rows(0, min(len(source), dynamics.max_rows or len(source)))[:, :longest]
 
-    def run(self, model: nn.Module, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-        """{metric: results}. Every rank must call it."""
-        e, results = self.cfg.evaluation, {}
-        for name, rows in self.rows.items():
-            size = e.val.batch_size if name == "val" else e.paloma.batch_size
-            losses = row_losses(model, rows, size, self.device, name)
-            results[name] = {"rows": len(rows), "tokens": rows[:, 1:].size} | rows_metrics(losses, rows.shape[1] - 1)
-            beside = ""
-            if name == "val" and self.entropy:
-                beside = (f" (the corpus's entropy: unigram {self.entropy['unigram']:.2f}, "
-                          f"bigram {self.entropy['bigram']:.2f})")
-            if name == "paloma":
-                beside = f", perplexity {results[name]['perplexity']:.2f}, Pico score {results[name]['mean_row_perplexity']:.2f}"
-                results[name]["by_source"] = by_source(losses, rows.shape[1] - 1, self.sources) if self.sources else None
-            say(f"{name} loss {results[name]['loss']:.4f} nats a token{beside}")
-        if self.pairs:
-            if self.tokenizer.vocab_size > model.cfg.vocab_size:
-                raise ConfigError(f"evaluation.metrics: blimp needs a model of its tokenizer's {self.tokenizer.vocab_size} ids, "
-                                  f"and this one knows {model.cfg.vocab_size}; leave blimp out")
-            start = self.tokenizer.eos if e.blimp.start_token == "eos" else None
-            results["blimp"] = evaluate_blimp(model, self.pairs, self.tokenizer, start, e.blimp.batch_size, self.device)
-            say(f"BLiMP accuracy {results['blimp']['accuracy']:.2%} on {len(self.pairs):,} pairs, start token {start}")
-        return results
+    def __call__(self, model: nn.Module) -> tuple[dict[str, Any], str]:
+        losses = row_losses(model, self.rows, self.options.batch_size, self.device, "val")
+        results = {"rows": len(self.rows), "tokens": self.rows[:, 1:].size} | rows_metrics(losses, self.rows.shape[1] - 1)
+        beside = (f" (the corpus's entropy: unigram {self.entropy['unigram']:.2f}, bigram {self.entropy['bigram']:.2f})"
+                  if self.entropy else "")
+        return results, f"val loss {results['loss']:.4f} nats a token{beside}"
+
+
+class Paloma:
+    """Perplexity on Paloma's documents, over tokens and as the mean over documents that Pico publishes."""
+
+    def __init__(self, setting: Setting):
+        self.options, self.device = setting.cfg.paloma, setting.device
+        paloma = setting.open_rows(self.options.dataset_name, self.options.dataset_split, "evaluation.paloma.dataset_name")
+        self.rows = setting.cut(paloma.rows(0, len(paloma)), self.options.max_length - 1, "paloma")
+        shards = [shard.get("sources") for shard in paloma.index["shards"]]
+        self.sources = [s for sources in shards for s in sources] if all(shards) else None
+
+    def __call__(self, model: nn.Module) -> tuple[dict[str, Any], str]:
+        losses = row_losses(model, self.rows, self.options.batch_size, self.device, "paloma")
+        tokens = self.rows.shape[1] - 1
+        results = {"rows": len(self.rows), "tokens": self.rows[:, 1:].size} | rows_metrics(losses, tokens)
+        results["by_source"] = by_source(losses, tokens, self.sources) if self.sources else None
+        return results, (f"paloma loss {results['loss']:.4f} nats a token, perplexity {results['perplexity']:.2f}, Pico score "
+                         f"{results['mean_row_perplexity']:.2f}")
+
+
+class Blimp:
+    """Accuracy on BLiMP's minimal pairs."""
+
+    def __init__(self, setting: Setting):
+        self.options, self.device, self.tokenizer = setting.cfg.blimp, setting.device, setting.tokenizer
+        if self.tokenizer.vocab_size > setting.model.vocab_size:
+            raise ConfigError(f"evaluation.metrics: blimp needs a model of its tokenizer's {self.tokenizer.vocab_size} ids, and "
+                              f"this one knows {setting.model.vocab_size}; leave blimp out")
+        self.start = self.tokenizer.eos if self.options.start_token == "eos" else None
+        if self.options.start_token == "eos" and self.start is None:
+            raise ConfigError("evaluation.blimp.start_token: the tokenizer knows no end of text; name it in data.tokenizer.eos, "
+                              "or use null")
+        self.pairs = blimp.load_pairs(self.options)
+
+    def __call__(self, model: nn.Module) -> tuple[dict[str, Any], str]:
+        results = evaluate_blimp(model, self.pairs, self.tokenizer, self.start, self.options.batch_size, self.device)
+        return results, (f"BLiMP accuracy {results['accuracy']:.2%} on {len(self.pairs):,} pairs, start token {self.start}")
+
+
+EVALUATORS: dict[str, type[Evaluator]] = {"val": ValLoss, "paloma": Paloma, "blimp": Blimp}
+
+
+def make_evaluators(setting: Setting) -> dict[str, Evaluator]:
+    """{name: evaluator} of what cfg.metrics asks for, in EVALUATORS' order. Raises ConfigError."""
+    wanted = setting.cfg.metrics or []
+    if unknown := set(wanted) - EVALUATORS.keys():
+        raise ConfigError(f"evaluation.metrics: {', '.join(sorted(unknown))} is none of {', '.join(EVALUATORS)}")
+    return {name: make(setting) for name, make in EVALUATORS.items() if name in wanted}
+
+
+def run_evaluators(evaluators: dict[str, Evaluator], model: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """{name: results}, each told in a line; one that runs out of memory is told too, and left out. Every rank must call it."""
+    results = {}
+    for name, evaluator in evaluators.items():
+        try:
+            results[name], line = evaluator(model)
+        except OutOfMemory as error:
+            line = f"{name} is left out: {error}; lower evaluation.{name}.batch_size"
+            log.warning(f"{prefix}{line}")
+        else:
+            log.info(f"{prefix}{line}")
+    return results
 
 
 def flat_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """{"eval/NAME_METRIC": number} for metrics.jsonl; the details stay in eval_results."""
-    wanted = ("loss", "perplexity", "mean_row_perplexity", "accuracy")
-    return {f"eval/{name}_{key}": found[key] for name, found in results.items() for key in wanted if key in found}
+    return {f"eval/{name}_{key}": value for name, found in results.items() for key, value in found.items()
+            if isinstance(value, float)}
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -220,11 +286,9 @@ def main() -> None:
     cfg = load_config(run / "training_config.yaml", words) if run else config_from_dict({}, words)
     with dist.session(machine.pick_device()) as device:
         model = load_decoder(folder).to(device)
-        cfg.model = model.cfg
         dataset = Path(cfg.data.dataset.name) if Path(cfg.data.dataset.name).exists() else folder
-        evaluation = Evaluation(cfg, dataset, device)
-        evaluation.tokenizer = load_tokenizer(folder)
-        results = evaluation.run(model, log.info)
+        setting = Setting(cfg.evaluation, cfg.data.dataset, model.cfg, dataset, load_tokenizer(folder), device)
+        results = run_evaluators(make_evaluators(setting), model)
     if not results:
         raise ConfigError("evaluation.metrics: is empty; give one or more of val, paloma, blimp")
     out = args.out or (run and run / cfg.checkpointing.evaluation.eval_results_dir / f"{folder.name}.json")

@@ -4,6 +4,10 @@ RMSNorm (arXiv 1910.07467), rotary positions over interleaved pairs (2104.09864)
 attention (2305.13245) with a KV cache, SwiGLU (2002.05202), untied embeddings, no biases. Parameter
 names are those of the published Pico models. It knows nothing of ReLoRA, ranks or files.
 
+Each formula stands here. Where there is a faster way to the same numbers, the line before it takes
+that way (runtime/kernels.py says how); `model.fast_paths=false` leaves all of them out. Edit what
+you like: a run says at its start whether the model is still a Llama to the rest of the world.
+
 Dimensions: B batch, T time, D d_model, H heads, K key/value heads, V vocabulary.
 
     model = PicoDecoder(ModelConfig())
@@ -20,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ConfigError, ModelConfig
-from runtime import kernels
-from runtime.kernels import causal_attention, cross_entropy, token_losses
+from runtime import cpu_kernels, kernels
+from runtime.kernels import IGNORE
 
 
 class RMSNorm(nn.Module):
@@ -30,8 +34,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:  # computed in float32 whatever the input
-        x32 = x.float()
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()  # a mean of D squares in bf16 would keep 8 bits of it, and scale every feature by the error
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
@@ -43,16 +47,19 @@ def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[2i], x[2i+1]) of x (B, T, heads, head_dim) by its position's angle."""
-    if kernels.plain_cpu(x):  # the same numbers as products of complex ones: a quarter of the time
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    """Turn each pair (x[2i], x[2i+1]) of x (B, T, heads, head_dim) by its position's angle.
+
+    Neighbours make a pair, as in the paper and in the published Pico weights; transformers pairs x[i] with
+    x[i + head_dim / 2], the same function after a permutation of the rows of q_proj and k_proj (hub/llama.py).
+    """
+    if kernels.plain_cpu(x):
+        return cpu_kernels.rotate(x, cos, sin)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
 
 
 def linear_type(cfg: ModelConfig) -> type[nn.Linear]:
-    return kernels.Linear if cfg.fast_paths else nn.Linear
+    return cpu_kernels.Linear if cfg.fast_paths else nn.Linear
 
 
 class KVCache:
@@ -90,12 +97,13 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        if k.size(2) == T:
-            y = causal_attention(q, k, v, self.fast)
-        else:  # after a filled cache row t sees all that was cached and itself
-            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T) if T > 1 else None
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        S = k.size(2)  # keys to look at: T, or more behind a filled cache
+        if self.fast and S == T:
+            y = kernels.causal_attention(q, k, v)
+        else:  # softmax(q k' / sqrt(head_dim)) v, where row t sees the S - T cached positions and its own first t
+            k, v = (each.repeat_interleave(self.heads // self.kv_heads, dim=1) for each in (k, v))  # (B, H, S, head_dim)
+            seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=1 < T == S)  # (B, H, T, head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -107,7 +115,7 @@ class SwiGLU(nn.Module):
         self.w_1 = Linear(cfg.d_model, cfg.activation_hidden_dim, bias=False)  # up
         self.w_2 = Linear(cfg.activation_hidden_dim, cfg.d_model, bias=False)  # down
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D), inside (B, T, activation_hidden_dim)
         return self.w_2(F.silu(self.w_0(x)) * self.w_1(x))
 
 
@@ -120,6 +128,7 @@ class Block(nn.Module):
         self.swiglu = SwiGLU(cfg)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        # pre-norm: what is added to the residual stream x is read from a normed copy, x itself is never scaled
         x = x + self.attention(self.attention_norm(x), cos, sin, cache)
         return x + self.swiglu(self.swiglu_norm(x))
 
@@ -135,7 +144,8 @@ class PicoDecoder(nn.Module):
         self.embedding_proj = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.output_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.de_embedding_proj = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.de_embedding_proj = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)  # untied, as published
+        # tables, not parameters: they follow from the configuration, so no checkpoint holds them
         cos, sin = rope_table(cfg.max_seq_len, cfg.d_model // cfg.attention_n_heads, cfg.position_emb_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -162,9 +172,14 @@ class PicoDecoder(nn.Module):
         x = self.output_norm(x)
         if labels is None:
             return self.de_embedding_proj(x).float()
+        x, head, labels = x.flatten(0, 1), self.de_embedding_proj.weight, labels.flatten()  # (B T, D), (V, D), (B T)
         if reduction == "none":
-            return token_losses(x.flatten(0, 1), self.de_embedding_proj.weight, labels.flatten()).view(B, T)
-        return cross_entropy(x.flatten(0, 1), self.de_embedding_proj.weight, labels.flatten(), self.cfg.fast_paths)
+            return kernels.token_losses(x, head, labels).view(B, T)
+        if self.cfg.fast_paths:  # a chunk of tokens at a time: float32 logits of 8 x 2048 tokens would take 3.3 GB
+            return kernels.cross_entropy(x, head, labels)
+        logits = F.linear(x, head).float()  # (B T, V)
+        scored = (labels != IGNORE).sum().clamp(min=1)  # as torch's mean, but 0 and not NaN where nothing is scored
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / scored
 
     # ---- generation -----------------------------------------------------------------------------------
 

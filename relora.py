@@ -6,11 +6,11 @@ Adam's moments of both are pruned: each cycle adds another rank-r update, so the
 
     apply_relora(model, cfg.model.relora)          # in place, before wrapping
     merge_and_reinit(model, seed=42, step=2000)    # the function that the model computes does not change
+    reset_optimizer(optimizers, model, seed=42, step=2000)
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 
@@ -18,16 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import Config, ConfigError, ReLoRAConfig
-from runtime import dist, kernels
+from config import ConfigError, ReLoRAConfig
+from runtime import cpu_kernels, dist, kernels
 
 HEAD = "de_embedding_proj"  # never adapted: the chunked loss reads its weight directly
-ADAPTER_NAMES = ("lora_A", "lora_B", "scaling")
-
-
-def derive_seed(*place: int | str) -> int:
-    """A 63-bit seed from the run's seed and a place in it, such as (42, step, layer name)."""
-    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big") >> 1
+FACTORS = ("lora_A", "lora_B", "scaling")  # what trains in an adapted layer, and begins anew at a merge
 
 
 def kaiming_uniform(shape: Iterable[int], seed: int) -> Tensor:
@@ -39,9 +34,11 @@ def kaiming_uniform(shape: Iterable[int], seed: int) -> Tensor:
 class ReLoRALinear(nn.Module):
     """A linear layer without bias, adapted. `name` is its place in the model: draws depend on it."""
 
+    resets, resets_adam_step = FACTORS, True  # at a merge, of the optimizer's state; instruments/faults.py has it otherwise
+
     def __init__(self, linear: nn.Linear, cfg: ReLoRAConfig, name: str, seed: int):
         super().__init__()
-        self.cfg, self.name, self.fast = cfg, name, isinstance(linear, kernels.Linear)
+        self.cfg, self.name, self.fast = cfg, name, isinstance(linear, cpu_kernels.Linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = None
         if not cfg.lora_only:
@@ -52,11 +49,21 @@ class ReLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(cfg.r, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, cfg.r, device=device))
         self.register_parameter("scaling", nn.Parameter(torch.ones(1, device=device)) if cfg.trainable_scaling else None)
-        self.masters: list[Tensor] | None = None  # of the fault undone_reset: what comes back at the next update
-        if not (cfg.has_initial_weights and "dead_adapters" in cfg.reference_faults):
-            self.reinitialise(seed, step=0)
-        if not cfg.has_initial_weights:  # with W = 0 and B = 0 every gradient would be 0: an exact saddle
-            dist.assign_(self.lora_B, kaiming_uniform(self.lora_B.shape, derive_seed(seed, 0, name, "lora_B")))
+        self.initialise(seed)
+
+    def initialise(self, seed: int) -> None:
+        """As after a merge; but where W is 0 or absent, B is drawn too: with B = 0 every gradient would be 0 for ever."""
+        self.reinitialise(seed, step=0)
+        if not self.cfg.has_initial_weights:
+            dist.assign_(self.lora_B, kaiming_uniform(self.lora_B.shape, dist.derive_seed(seed, 0, self.name, "lora_B")))
+
+    @torch.no_grad()
+    def reinitialise(self, seed: int, step: int) -> None:
+        """Draw A from (seed, step, name), set B to 0 and the trainable scaling to 1."""
+        dist.assign_(self.lora_A, kaiming_uniform(self.lora_A.shape, dist.derive_seed(seed, step, self.name)))
+        self.lora_B.zero_()
+        if self.scaling is not None:
+            self.scaling.fill_(1.0)
 
     @property
     def scale(self) -> float | Tensor:
@@ -67,37 +74,42 @@ class ReLoRALinear(nn.Module):
         if self.fast and self.weight is not None and not (self.training and self.cfg.lora_dropout):
             return kernels.effective_linear(x, self.weight, self.lora_A, self.lora_B, self.scale)
         dropped = F.dropout(x, self.cfg.lora_dropout, self.training)
-        update = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scale
+        update = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scale  # (..., in) -> (..., r) -> (..., out)
         return update if self.weight is None else F.linear(x, self.weight) + update
 
     @torch.no_grad()
-    def update(self) -> Tensor:
+    def delta_weight(self) -> Tensor:
         """s B A (out, in) as forward applies it, sharded like W under FSDP2."""
         return (self.lora_B @ dist.replicated(self.lora_A)) * self.scale
 
-    def restart(self, seed: int, step: int) -> None:
-        """`reinitialise`, or with the fault undone_reset only for the gradient of the next update: see undo_reset."""
-        if "undone_reset" in self.cfg.reference_faults:
-            self.masters = [p.detach().clone() for p in self.adapters()]
-        self.reinitialise(seed, step)
-
-    def adapters(self) -> list[nn.Parameter]:
-        return [p for name, p in self.named_parameters() if name in ADAPTER_NAMES]
-
     @torch.no_grad()
-    def reinitialise(self, seed: int, step: int) -> None:
-        """Draw A from (seed, step, name), set B to 0 and the trainable scaling to 1."""
-        dist.assign_(self.lora_A, kaiming_uniform(self.lora_A.shape, derive_seed(seed, step, self.name)))
-        self.lora_B.zero_()
-        if self.scaling is not None:
-            self.scaling.fill_(1.0)
+    def effective_weight(self) -> Tensor:
+        """W + s B A (out, in): the weight of the plain layer that computes the same."""
+        return self.delta_weight() if self.weight is None else self.weight + self.delta_weight()
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """What trains here and begins anew at a merge, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if name in FACTORS}
+
+    def merged_delta(self) -> Tensor:
+        """What a merge adds to W."""
+        return self.delta_weight()
+
+    def restart(self, seed: int, step: int) -> None:
+        """Begin the next cycle."""
+        self.reinitialise(seed, step)
 
 
 def relora_layers(model: nn.Module) -> dict[str, ReLoRALinear]:
     return {m.name: m for m in model.modules() if isinstance(m, ReLoRALinear)}
 
 
-def apply_relora(model: nn.Module, cfg: ReLoRAConfig, seed: int = 42) -> None:
+def has_adapters(state: Iterable[str]) -> bool:
+    """Whether a state dict (its names) is of a model with ReLoRA layers."""
+    return any(name.rpartition(".")[2] in FACTORS for name in state)
+
+
+def apply_relora(model: nn.Module, cfg: ReLoRAConfig, seed: int = 42, layer_type: type[ReLoRALinear] = ReLoRALinear) -> None:
     """Replace, in place, every nn.Linear whose name holds one of cfg.target_modules (the head never is).
 
     Raises ConfigError when a target matches nothing.
@@ -110,64 +122,32 @@ def apply_relora(model: nn.Module, cfg: ReLoRAConfig, seed: int = 42) -> None:
     for name in names:
         if any(target in name for target in cfg.target_modules):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, ReLoRALinear(model.get_submodule(name), cfg, name, seed))
+            setattr(model.get_submodule(parent), leaf, layer_type(model.get_submodule(name), cfg, name, seed))
 
 
 # ---- merge and reset ---------------------------------------------------------------------------------------
 
-def merge_due(step: int, cfg: Config) -> bool:
+def merge_due(step: int, cfg: ReLoRAConfig | None, lr_warmup_steps: int) -> bool:
     """Whether adapters merge after `step` updates, before the next: where the jagged schedule restarts.
 
     (In a warm start longer than a cycle the schedule restarts too, without anything to merge.)
     """
-    relora = cfg.model.relora
-    if relora is None or relora.lora_only:
-        return False
-    if "late_merge" in relora.reference_faults:
-        step -= 1
-    return (step > 0 and step % relora.reset_frequency == 0 and step > relora.warm_start_steps
-            and step >= cfg.training.optimization.lr_warmup_steps)
+    return (cfg is not None and not cfg.lora_only and step > 0 and step % cfg.reset_frequency == 0
+            and step > cfg.warm_start_steps and step >= lr_warmup_steps)
 
 
 @torch.no_grad()
 def merge_and_reinit(model: nn.Module, *, seed: int, step: int) -> float:
-    """Add every adapter to its frozen weight and start it anew, in place; returns the norm of what was added.
-
-    In float32 and with the scale that forward uses, so the model computes what it did before. Raises ValueError
-    for a model without frozen weights to merge into.
-    """
+    """Add every adapter to its frozen weight, in float32, and start it anew, in place; returns the norm of what was added."""
     total = 0.0
     for layer in relora_layers(model).values():
         if layer.weight is None:
             raise ValueError("lora_only layers have no weight to merge into")
-        update = layer.update()
-        if "unscaled_merge" in layer.cfg.reference_faults:
-            update = update / layer.scale
-        layer.weight.add_(update)
-        total += dist.full_tensor(update.square().sum()).item()
+        delta = layer.merged_delta()
+        layer.weight.add_(delta)
+        total += dist.full_tensor(delta.square().sum()).item()
         layer.restart(seed, step)
     return math.sqrt(total)
-
-
-def repeat_reset(model: nn.Module, seed: int, step: int) -> None:
-    """After a resume between a merge and its update: what `undo_reset` has yet to undo."""
-    for layer in relora_layers(model).values():
-        if "undone_reset" in layer.cfg.reference_faults:
-            layer.restart(seed, step)
-
-
-@torch.no_grad()
-def undo_reset(model: nn.Module) -> None:
-    """The reference's third fault (under ZeRO-2 with bf16): call it before the update that follows a merge.
-
-    Its fresh factors were copies. The gradient was taken at them, but the update was applied to the old float32 masters,
-    which then overwrote the copies.
-    """
-    for layer in relora_layers(model).values():
-        if layer.masters is not None:
-            for parameter, master in zip(layer.adapters(), layer.masters):
-                parameter.copy_(master)
-            layer.masters = None
 
 
 @torch.no_grad()
@@ -176,27 +156,35 @@ def reset_optimizer(optimizers: Iterable[torch.optim.Optimizer], model: nn.Modul
 
     All state tensors of a parameter are pruned at the same places: B = 0 gives A no gradient at first, so a first
     moment whose second moment was pruned would be divided by eps alone. Adam's `step` becomes 0 too, or its bias
-    correction would make the next update 1 / sqrt(1 - beta2) too large.
+    correction would make the next update 1 / sqrt(1 - beta2) too large. Raises ConfigError for state of another shape.
     """
-    optimizers = list(optimizers)
-    zeros = entries = 0
+    zeros, entries, optimizers = 0, 0, list(optimizers)
     for layer in relora_layers(model).values():
-        reset, keep_step = layer.cfg.optimizer_reset, "kept_adam_step" in layer.cfg.reference_faults
-        for leaf, parameter in layer.named_parameters():
-            states = [o.state[parameter] for o in optimizers if parameter in o.state]
-            values = [v for state in states for v in state.values() if isinstance(v, Tensor)]
-            moments = [v for v in values if v.shape == parameter.shape]  # the others are Adam's step
+        reset = layer.cfg.optimizer_reset
+        for leaf in layer.resets:
+            states = [o.state[p] for o in optimizers if (p := layer.factors().get(leaf)) in o.state]
+            values = [(key, v) for state in states for key, v in state.items() if isinstance(v, Tensor)]
+            moments = [v for _, v in values if v.dim()]
             if reset.mode != "none":
+                check_shapes(values, layer, leaf)
                 kept = kept_places([dist.full_tensor(v) for v in moments], reset.mode, reset.ratio,
-                                   derive_seed(seed, step, layer.name, leaf))
-                for value in moments:
-                    value.mul_(dist.shard_like(kept, value))
-                for value in values:
-                    if value.dim() == 0 and not keep_step:
+                                   dist.derive_seed(seed, step, layer.name, leaf))
+                for _, value in values:
+                    if value.dim():
+                        value.mul_(dist.shard_like(kept, value))
+                    elif layer.resets_adam_step:
                         value.zero_()
             zeros += sum(int((dist.full_tensor(v) == 0).sum()) for v in moments)
             entries += sum(v.numel() for v in moments)
     return zeros / max(1, entries)
+
+
+def check_shapes(values: list[tuple[str, Tensor]], layer: ReLoRALinear, leaf: str) -> None:
+    """Raise ConfigError for a state tensor that is neither of the parameter's shape, as moments are, nor a count of steps."""
+    for key, value in values:
+        if value.dim() and value.shape != getattr(layer, leaf).shape:
+            raise ConfigError(f"model.relora.optimizer_reset.mode: the optimizer's {key!r} of {layer.name}.{leaf} has the shape "
+                              f"{tuple(value.shape)}, and a reset knows no entries of it to prune; use mode none")
 
 
 def kept_places(moments: list[Tensor], mode: str, ratio: float, seed: int) -> Tensor:
@@ -210,42 +198,3 @@ def kept_places(moments: list[Tensor], mode: str, ratio: float, seed: int) -> Te
     kept = torch.ones(first.numel(), device=first.device)
     kept[order[:first.numel() if mode == "zero" else round(ratio * first.numel())].to(first.device)] = 0
     return kept.view(first.shape)
-
-
-def merged_state(state: dict[str, Tensor], cfg: ReLoRAConfig | None) -> dict[str, Tensor]:
-    """The plain decoder's state dict from a full one with adapters: every weight is the effective W + s B A."""
-    plain = {k: v for k, v in state.items() if k.rpartition(".")[2] not in ADAPTER_NAMES}
-    for key, B in state.items():
-        prefix, _, leaf = key.rpartition(".")
-        if leaf == "lora_B":
-            scaling = state.get(f"{prefix}.scaling")
-            scale = cfg.lora_alpha / cfg.r if scaling is None else scaling.float().tanh()
-            update = (B @ state[f"{prefix}.lora_A"]) * scale
-            base = state.get(f"{prefix}.weight")
-            plain[f"{prefix}.weight"] = update if base is None else base + update
-    return plain
-
-
-# ---- learning-rate schedules -------------------------------------------------------------------------------
-
-def learning_rate_multiplier(step: int, cfg: Config) -> float:
-    """What update `step` (counted from 0) multiplies the learning rate by: a pure function of the step."""
-    o, horizon = cfg.training.optimization, cfg.training.max_steps
-    warmup, floor = o.lr_warmup_steps, o.min_lr_ratio
-    if step < warmup:
-        return step / warmup
-    span = max(1, horizon - warmup)
-
-    def cosine(at: int) -> float:
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (at - warmup) / span))
-
-    if o.lr_scheduler == "constant_with_warmup":
-        return 1.0
-    if o.lr_scheduler == "linear_with_warmup":
-        return max(0.0, (horizon - step) / span)
-    if o.lr_scheduler == "relora_jagged_cosine":
-        frequency, restart = cfg.model.relora.reset_frequency, o.restart_warmup_steps
-        since = step % frequency
-        if step >= frequency and since < restart:  # climb from 0 to where the cosine will be by then
-            return since / restart * cosine(step - since + restart)
-    return cosine(step)

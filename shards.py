@@ -39,7 +39,7 @@ from data import (
 from hub import datasets, streaming
 from hub.parquet import convert_parquet
 from runtime.command import Parser, command
-from runtime.files import need_room
+from runtime.files import require_room
 
 SHARD_ROWS = 20_480  # rows of a shard, as in the pretokenized Dolma
 SHUFFLE_SEED = 0  # of the rows of a made dataset; the training order is then the order on disk
@@ -50,7 +50,7 @@ SHUFFLE_SEED = 0  # of the rows of a made dataset; the training order is then th
 def write_shards(folder: Path, rows: np.ndarray, vocab_size: int, source: str, **extra: Any) -> None:
     """Write rows (N, row_length) as one split's folder of shards with its index."""
     folder.mkdir(parents=True)
-    need_room(folder, rows.size * token_dtype(vocab_size).itemsize, str(folder))
+    require_room(folder, rows.size * token_dtype(vocab_size).itemsize, str(folder))
     shards = []
     for start in range(0, len(rows), SHARD_ROWS):
         path = folder / f"shard-{len(shards):05d}.npy"

@@ -3,42 +3,40 @@
     torchrun --standalone --nproc_per_node=2 train.py config/demo.yaml [section.key=value ...]
     python train.py config/demo.yaml training.max_steps=100            # one process
 
-Read `train` first: evaluate, snapshot and save when due; merge when due; set the learning rate; accumulate; step;
-log. "Step N" is the state after N global batches and before batch N + 1. Killed at any moment, the same command
-goes on from the newest checkpoint and ends with the same weights.
+Read `loop` first: save when due; merge when due; set the learning rate; accumulate; step; log. "Step N" is the state
+after N global batches and before batch N + 1. Killed at any moment, the same command goes on from the newest checkpoint
+and ends with the same weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
+import config
 import evaluate
-from config import Config, UserError, check_strategy, load_config, to_dict
-from data import BatchLoader, DataError, to_device
-from hub import llama
-from instruments import snapshots
-from relora import (
-    derive_seed,
-    learning_rate_multiplier,
-    merge_and_reinit,
-    merge_due,
-    merged_state,
-    relora_layers,
-    reset_optimizer,
-    undo_reset,
-)
-from runtime import dist, machine, signals
+from config import Config, UserError, load_config, to_dict
+from data import BatchLoader, DataError, TokenDataset, Tokenizer, load_tokenizer, to_device
+from hub import llama, streaming, uploads
+from instruments import faults, snapshots
+from model import PicoDecoder
+from optim import learning_rate_multiplier, make_optimizers
+from relora import apply_relora, has_adapters, merge_and_reinit, merge_due, relora_layers, reset_optimizer
+from runtime import cpu_kernels, dist, machine, signals
 from runtime.command import Parser, command
 from runtime.errors import Ending
-from runtime.run_folder import RunFolder, run_folder
-from runtime.wrap import eval_mode, gradient_sync, reshard
-from trainer import Trainer, build, setup
+from runtime.log import log
+from runtime.progress import Progress
+from runtime.run_folder import RunFolder, name_run
+from runtime.wrap import eval_mode, gradient_sync, parallelize, reshard, wrapping
 
 MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
 PROBE_TOKENS = 128  # of the row on which a merge is checked
@@ -50,64 +48,94 @@ class TrainingError(UserError):
     exit_code = 1
 
 
+@dataclass
+class TrainState:
+    """What the algorithm changes, and what it is told. `model` is the bare decoder; `wrapped`, under DDP or FSDP2, trains."""
+    cfg: Config
+    device: torch.device
+    precision: str
+    model: PicoDecoder
+    wrapped: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    progress: Progress  # sums behind the next log line, merges so far and where the latest was
+    step: int = 0
+
+
+@dataclass
+class Services:
+    """What a run has beside the algorithm."""
+    folder: RunFolder
+    dataset: TokenDataset
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    evaluators: dict[str, evaluate.Evaluator]
+    val_rows: np.ndarray | None  # of the val snapshot
+    saver: checkpoint.Saver
+    uploader: uploads.Uploader | None
+    not_llama: str | None  # why the model is no Llama to others
+    saved: int | None = None  # the step of the newest training state
+    derived: int | None = None  # the step of the newest evaluation and snapshots
+
+
 # ---- the loop ------------------------------------------------------------------------------------------------
 
 def train(cfg: Config, device: torch.device) -> None:
     micro, accumulation = cfg.micro_batches(dist.world_size())
-    check_strategy(cfg, dist.world_size())
-    folder = RunFolder(cfg, run_folder(cfg))
+    config.check_strategy(cfg, dist.world_size())
+    runs = Path(cfg.checkpointing.runs_dir)
+    cfg.checkpointing.run_name = name_run(runs, cfg.checkpointing.run_name)
+    folder = RunFolder(runs / cfg.checkpointing.run_name, cfg.checkpointing, cfg.monitoring, to_dict(cfg))
     machine.same_everywhere(to_dict(cfg))
     with signals.catching_signals(), folder.in_use():
-        t = setup(cfg, device, folder)
+        state, services = setup(cfg, device, folder)
         with (dist.watched(cfg.training.hang_timeout_minutes),
-              BatchLoader(t.dataset, t.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches,
-              contextlib.closing(t.dataset)):  # closed first, so that a waiting loader can stop
+              BatchLoader(services.dataset, state.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches,
+              contextlib.closing(services.dataset)):  # closed first, so that a waiting loader can stop
             signals.defer_signals()
             try:
-                loop(t, batches)
+                loop(state, services, batches)
             except Ending:
-                keep(t)
+                save_before_ending(state, services)
                 raise
-        if t.uploader is not None:
-            t.uploader.close(t.cfg.checkpointing.upload_grace_seconds, signals.stop_signal)
+        if services.uploader is not None:
+            services.uploader.close(cfg.checkpointing.upload_grace_seconds, signals.stop_signal)
 
 
-def loop(t: Trainer, batches: BatchLoader) -> None:
-    """Evaluate, snapshot and save; merge; learning rate; accumulate and step; log; until the last step.
+def loop(state: TrainState, services: Services, batches: BatchLoader) -> None:
+    """Save, evaluate and snapshot; merge; learning rate; accumulate and step; log; until the last step.
 
     Raises Ending, on all ranks together, when training must end early.
     """
-    cfg = t.cfg
-    t.folder.start_bar(t.step, cfg.last_step)
-    t.progress.start_window(t.step)
+    cfg, relora = state.cfg, state.cfg.model.relora
+    services.folder.start_bar(state.step, cfg.last_step)
+    state.progress.start_window(state.step)
     while True:
-        due = t.step != t.saved and (t.step % cfg.checkpointing.save_every_n_steps == 0 or t.step == cfg.last_step)
-        if t.step < cfg.last_step or due and cfg.checkpointing.learning_dynamics is not None:
-            batch = next_batch(t, batches)  # before the snapshot, which looks at the same rows and could not wait for them
+        due = state.step % cfg.checkpointing.save_every_n_steps == 0 or state.step == cfg.last_step
+        snapshot = due and services.derived != state.step and cfg.checkpointing.learning_dynamics is not None
+        if state.step < cfg.last_step or snapshot:
+            batch = next_batch(state, services, batches)  # before the snapshot, which looks at the same rows and could not wait
         if due:
-            with t.progress.paused():
-                save(t)
-        if t.step >= cfg.last_step:
+            with state.progress.paused():
+                save(state, services)
+        if state.step >= cfg.last_step:
             break
-        if cfg.model.relora and not relora_layers(t.model) and t.step >= cfg.model.relora.warm_start_steps:
-            begin_relora(t)
-        if merge_due(t.step, cfg) and t.progress.merged_at != t.step:
-            with t.progress.paused():
-                merge(t)
-        set_learning_rate(t)
-        train_step(t, batch)
-        t.folder.advance(t.step)
-        rows = cfg.data.dataloader.batch_size
-        if (epoch := t.dataset.epoch(t.step, rows)) > t.dataset.epoch(t.step - 1, rows):
-            t.folder.say(f"step {t.step}: epoch {epoch + 1} of the data has begun")
-        if t.step % cfg.monitoring.logging.log_every_n_steps == 0 or t.step == cfg.last_step:
-            log(t, batches)
-        t.dataset.advance(t.step)
-    t.saver.wait()
-    end_together(t)
+        if relora and not relora_layers(state.model) and state.step >= relora.warm_start_steps:
+            begin_relora(state)
+        if merge_is_due(state):
+            with state.progress.paused():
+                merge(state, services)
+        set_learning_rate(state)
+        train_step(state, batch)
+        services.folder.advance(state.step)
+        services.dataset.tell_epoch(state.step, cfg.data.dataloader.batch_size)
+        if state.step % cfg.monitoring.logging.log_every_n_steps == 0 or state.step == cfg.last_step:
+            record_progress(state, services, batches)
+        services.dataset.advance(state.step)
+    services.saver.wait()
+    end_together(services)
 
 
-def next_batch(t: Trainer, batches: BatchLoader) -> list[tuple[int, Tensor]]:
+def next_batch(state: TrainState, services: Services, batches: BatchLoader) -> list[tuple[int, Tensor]]:
     """This rank's micro-batches of the next update. All ranks wait for their data together, and end together."""
     batch = problem = None
     while True:
@@ -115,13 +143,13 @@ def next_batch(t: Trainer, batches: BatchLoader) -> list[tuple[int, Tensor]]:
             batch = batch or batches.next(VOTE_SECONDS)
         except DataError as error:
             problem = error
-        if not end_together(t, problem, waiting=batch is None):
+        if not end_together(services, problem, waiting=batch is None):
             return batch
 
 
-def end_together(t: Trainer, problem: UserError | None = None, waiting: bool = False) -> int:
+def end_together(services: Services, problem: UserError | None = None, waiting: bool = False) -> int:
     """A vote, which every rank must hold: raises Ending if any rank has a reason; whether any rank is `waiting`."""
-    problem = problem or t.saver.error
+    problem = problem or services.saver.error
     ended, caught, anyone_waits = dist.max_over_ranks(problem is not None, signals.stop_signal(), waiting)
     if ended:  # every rank raises the first error met
         mine = problem and (str(problem), 2 if isinstance(problem, DataError) else 1)
@@ -130,171 +158,293 @@ def end_together(t: Trainer, problem: UserError | None = None, waiting: bool = F
     return anyone_waits
 
 
-def train_step(t: Trainer, batch: list[tuple[int, Tensor]]) -> None:
+def train_step(state: TrainState, batch: list[tuple[int, Tensor]]) -> None:
     """One update on this rank's micro-batches."""
-    update(t, accumulate(t, batch))
-    t.step += 1
+    update(state, accumulate(state, batch))
+    state.step += 1
 
 
-def accumulate(t: Trainer, batch: list[tuple[int, Tensor]]) -> Tensor:
+def accumulate(state: TrainState, batch: list[tuple[int, Tensor]]) -> Tensor:
     """Forward and backward of each micro-batch; the mean loss over all ranks."""
-    loss = torch.zeros((), device=t.device)
+    loss = torch.zeros((), device=state.device)
     for number, (index, rows) in enumerate(batch):  # rows (micro, T + 1)
         if number:
             signals.stop_point()  # an unfinished update is dropped
-        torch.manual_seed(derive_seed(t.cfg.training.seed, t.step, index))  # of dropout
-        with gradient_sync(t.wrapped, number == len(batch) - 1):  # around the forward too, or DDP reduces every time
-            with torch.autocast(t.device.type, torch.bfloat16, enabled=t.precision == "bf16-mixed"):
-                micro_loss = t.wrapped(rows[:, :-1], rows[:, 1:]) / len(batch)
+        torch.manual_seed(dist.derive_seed(state.cfg.training.seed, state.step, index))  # of dropout
+        with gradient_sync(state.wrapped, number == len(batch) - 1):  # around the forward too, or DDP reduces every time
+            with torch.autocast(state.device.type, torch.bfloat16, enabled=state.precision == "bf16-mixed"):
+                micro_loss = state.wrapped(rows[:, :-1], rows[:, 1:]) / len(batch)
             micro_loss.backward()
         loss += micro_loss.detach()
     return dist.all_reduce_sum(loss) / dist.world_size()
 
 
-def update(t: Trainer, loss: Tensor) -> None:
+def update(state: TrainState, loss: Tensor) -> None:
     """Clip and step; skipped by all ranks together if loss or gradient is not finite on any."""
-    parameters = [p for p in t.model.parameters() if p.grad is not None]
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
     grad_norm = dist.full_tensor(nn.utils.get_total_norm([p.grad for p in parameters]))
-    if t.cfg.training.grad_clip is not None:
-        nn.utils.clip_grads_with_norm_(parameters, t.cfg.training.grad_clip, grad_norm)
+    if state.cfg.training.grad_clip is not None:
+        nn.utils.clip_grads_with_norm_(parameters, state.cfg.training.grad_clip, grad_norm)
     bad = 1 - (loss.isfinite() & grad_norm.isfinite()).float()  # the same on every rank, and still on the device
-    if t.progress.merged_at == t.step:
-        undo_reset(t.model)  # a fault of the reference; nothing where it is not asked for
-    for optimizer in t.optimizers:
+    for optimizer in state.optimizers:
         if optimizer.defaults.get("fused"):  # fused optimizers read the flag on the device
             optimizer.grad_scale, optimizer.found_inf = None, bad
             optimizer.step()
-        elif not bad.item():  # Muon has no such flag: this waits for the device
+        elif not bad.item():  # others have no such flag: this waits for the device
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    t.progress.add(loss, grad_norm, bad)
+    state.progress.add(loss, grad_norm, bad)
 
 
-def set_learning_rate(t: Trainer) -> None:
-    rate = t.cfg.training.optimization.lr * learning_rate_multiplier(t.step, t.cfg)
-    for optimizer in t.optimizers:
+def set_learning_rate(state: TrainState) -> None:
+    training = state.cfg.training
+    rate = training.optimization.lr * learning_rate_multiplier(state.step, training, state.cfg.model.relora)
+    for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
 
-def log(t: Trainer, batches: BatchLoader) -> None:
+def record_progress(state: TrainState, services: Services, batches: BatchLoader) -> None:
     """One line of metrics: means since the last line, over all tokens on all ranks."""
-    window = t.progress.read(t.step)
-    if window.worst_in_a_row >= t.cfg.training.max_nonfinite_steps:
-        raise TrainingError(f"step {t.step}: {window.worst_in_a_row:.0f} updates in a row were skipped because loss or "
+    cfg, window = state.cfg, state.progress.read(state.step)
+    if window.worst_in_a_row >= cfg.training.max_nonfinite_steps:
+        raise TrainingError(f"step {state.step}: {window.worst_in_a_row:.0f} updates in a row were skipped because loss or "
                             f"gradient was not finite; set training.grad_clip=1.0, or lower training.optimization.lr "
                             "under another run_name")
-    seq_len, rows = t.cfg.model.max_seq_len, t.cfg.data.dataloader.batch_size
-    speed = window.steps * rows * seq_len / window.seconds
-    rate = t.optimizers[0].param_groups[0]["lr"]
-    metrics = {
-        "step": t.step, "train/loss": window.loss, "train/perplexity": evaluate.perplexity(window.loss),
-        "trainer/learning_rate": rate, "trainer/grad_norm": window.grad_norm,
-        "trainer/inf_or_nan_count": int(window.bad_steps), "tokens": t.step * rows * seq_len,
-        "tokens_per_second": speed, "data/wait_fraction": batches.take_wait() / window.seconds,
-    }
-    if (peak := machine.peak_flops(t.device)) is not None:
-        metrics["mfu"] = speed * t.model.flops_per_token() / (peak * dist.world_size())
-    t.folder.record(metrics)
+    rate = state.optimizers[0].param_groups[0]["lr"]
+    metrics = window.metrics(state.step, cfg.data.dataloader.batch_size * cfg.model.max_seq_len, rate, batches.take_wait())
+    speed = metrics["tokens_per_second"]
+    if (peak := machine.peak_flops(state.device)) is not None:
+        metrics["mfu"] = speed * state.model.flops_per_token() / (peak * dist.world_size())
+    services.folder.record(metrics)
     loss = "no finite loss" if window.loss is None else f"loss {window.loss:.4f}"
-    t.folder.say(f"step {t.step}: {loss}, learning rate {rate:.2e}, gradient norm {window.grad_norm:.3f}, "
-                 f"{speed:,.0f} tokens/s")
-    t.folder.advance(t.step, loss=loss.removeprefix("loss "), lr=f"{rate:.1e}", tok_s=f"{speed:,.0f}")
+    log.info(f"step {state.step}: {loss}, learning rate {rate:.2e}, gradient norm {window.grad_norm:.3f}, {speed:,.0f} tokens/s")
+    services.folder.advance(state.step, loss=loss.removeprefix("loss "), lr=f"{rate:.1e}", tok_s=f"{speed:,.0f}")
 
 
 # ---- merging -------------------------------------------------------------------------------------------------
 
-def merge(t: Trainer) -> None:
+def merge_is_due(state: TrainState) -> bool:
+    relora = state.cfg.model.relora
+    step = state.step - faults.merge_delay(relora)
+    return (state.progress.merged_at != state.step
+            and merge_due(step, relora, state.cfg.training.optimization.lr_warmup_steps))
+
+
+def merge(state: TrainState, services: Services) -> None:
     """Merge, reinitialise and reset; check on one small row that the model computes what it did before."""
-    relora, seed = t.cfg.model.relora, t.cfg.training.seed
-    before, loss_before = probe(t)
-    scales = [dist.full_tensor(layer.scaling.detach()).clone() for layer in relora_layers(t.model).values() if relora.trainable_scaling]
-    norm = merge_and_reinit(t.model, seed=seed, step=t.step)
-    zeroed = reset_optimizer(t.optimizers, t.model, seed=seed, step=t.step)
-    after, loss_after = probe(t)
+    relora, seed = state.cfg.model.relora, state.cfg.training.seed
+    before, loss_before = probe(state, services)
+    scales = [dist.full_tensor(layer.scaling.detach()).clone() for layer in relora_layers(state.model).values()
+              if relora.trainable_scaling]
+    norm = merge_and_reinit(state.model, seed=seed, step=state.step)
+    zeroed = reset_optimizer(state.optimizers, state.model, seed=seed, step=state.step)
+    after, loss_after = probe(state, services)
     change = ((after - before).abs().max() / before.abs().max()).item()
-    t.progress.reset_count += 1
-    t.progress.merged_at = t.step
-    metrics = {"step": t.step, "relora/reset_count": t.progress.reset_count, "relora/opt_zeroed": zeroed,
+    state.progress.reset_count += 1
+    state.progress.merged_at = state.step
+    metrics = {"step": state.step, "relora/reset_count": state.progress.reset_count, "relora/opt_zeroed": zeroed,
                "relora/loss_before": loss_before, "relora/loss_after": loss_after, "relora/logit_change": change,
                "relora/update_norm": norm}
     if scales:
         metrics |= {"relora/sf_mean": torch.cat(scales).mean().item(),
                     "relora/sf_std": torch.cat(scales).std(correction=0).item()}
-    t.folder.record(metrics)
-    t.folder.say(f"step {t.step}: merge {t.progress.reset_count}, norm of the update {norm:.3f}, loss on a small batch "
-                 f"{loss_before:.4f} -> {loss_after:.4f}, {zeroed:.2%} of the adapters' moments are 0")
+    services.folder.record(metrics)
+    log.info(f"step {state.step}: merge {state.progress.reset_count}, norm of the delta {norm:.3f}, loss on a small batch "
+             f"{loss_before:.4f} -> {loss_after:.4f}, {zeroed:.2%} of the adapters' moments are 0")
     if not change <= MERGE_TOLERANCE:
-        words = f"step {t.step}: the merge changed the logits by {change:.1e} of their size"
+        message = f"step {state.step}: the merge changed the logits by {change:.1e} of their size"
         if not relora.reference_faults:
-            raise TrainingError(f"{words}, more than {MERGE_TOLERANCE:.0e}; the last checkpoint is from before it")
-        t.folder.say(f"{words} (model.relora.reference_faults is set)", "WARNING")
+            raise TrainingError(f"{message}, more than {MERGE_TOLERANCE:.0e}; the last checkpoint is from before it")
+        log.warning(f"{message} (model.relora.reference_faults is set)")
 
 
 @torch.no_grad()
-def probe(t: Trainer) -> tuple[Tensor, float]:
+def probe(state: TrainState, services: Services) -> tuple[Tensor, float]:
     """(logits, mean loss) on the start of the next row; eval mode, float32."""
-    rows = t.dataset.rows(t.step * t.cfg.data.dataloader.batch_size, 1)[:, :PROBE_TOKENS + 1]
-    ids = to_device(rows, t.device)
-    with eval_mode(t.model, t.device):
-        logits = t.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
+    rows = services.dataset.rows(state.step * state.cfg.data.dataloader.batch_size, 1)[:, :PROBE_TOKENS + 1]
+    ids = to_device(rows, state.device)
+    with eval_mode(state.model, state.device):
+        logits = state.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
     return logits, F.cross_entropy(logits[0], ids[0, 1:]).item()
 
 
-def begin_relora(t: Trainer) -> None:
+def begin_relora(state: TrainState) -> None:
     """End a warm start: freeze the targets and add adapters. What is wrapped changes, so all is built again."""
-    state = checkpoint.gather_state(t.model, t.optimizers, everywhere=True)
-    build(t, adapters=True, weights=state["model"], optimizer_state=state["optimizer"])
-    t.folder.say(f"step {t.step}: the warm start is over; {t.model.num_parameters(trainable_only=True):,} of "
-                 f"{t.model.num_parameters():,} parameters train from here on")
+    whole = checkpoint.gather_state(state.model, state.optimizers, everywhere=True)
+    parts = build(state.cfg, state.device, adapters=True, weights=whole["model"], optimizer_state=whole["optimizer"])
+    state.model, state.wrapped, state.optimizers = parts
+    log.info(f"step {state.step}: the warm start is over; {state.model.num_parameters(trainable_only=True):,} of "
+             f"{state.model.num_parameters():,} parameters train from here on")
 
 
 # ---- saving --------------------------------------------------------------------------------------------------
 
-def save(t: Trainer, whole: bool = True) -> None:
-    """Evaluate, take snapshots, and start to write the checkpoint of this step; only that if not `whole`."""
-    c, files, results = t.cfg.checkpointing, {}, {}
-    if whole:
-        results = t.evaluation.run(t.model, lambda words: t.folder.say(f"step {t.step}: {words}"))
-    if whole and c.learning_dynamics is not None:
-        sources = {"train": t.dataset.batch(t.step, t.cfg.data.dataloader.batch_size), "val": t.evaluation.snapshot_rows}
-        for split, rows in sources.items():
-            if rows is not None:
-                snapshot = snapshots.snapshot(t.model, rows, c.learning_dynamics, t.device)
-                snapshot["data"]["text"] = [t.evaluation.tokenizer.decode(r) for r in snapshot["data"]["input_ids"].tolist()]
-                files |= {f"{c.learning_dynamics_dir}/{split}_{kind}.pt": checkpoint.torch_writer(tensors)
-                          for kind, tensors in snapshot.items()}
-    if results:  # only now: interrupted before, all of it is done again
-        t.folder.record({"step": t.step} | evaluate.flat_metrics(results))
-        t.folder.save_evaluation(t.step, results)
-    t.saver.wait()  # before there is a second copy of everything
-    state = checkpoint.gather_state(t.model, t.optimizers)
-    t.saved = t.step
+def save(state: TrainState, services: Services) -> None:
+    """The training state first; then what is derived from it, which a kill or too little memory may spoil."""
+    if services.saved != state.step:
+        save_state(state, services)
+    if services.derived != state.step:
+        results = evaluate.run_evaluators(services.evaluators, state.model, f"step {state.step}: ")
+        if results:
+            services.folder.save_evaluation(state.step, results)
+            services.folder.record({"step": state.step} | evaluate.flat_metrics(results))
+        if (dynamics := state.cfg.checkpointing.learning_dynamics) is not None:
+            rows = {"train": services.dataset.batch(state.step, state.cfg.data.dataloader.batch_size), "val": services.val_rows}
+            found = snapshots.snapshots_of(state.model, state.optimizers, rows, dynamics, services.tokenizer, state.device)
+            services.saver.extend(state.step, {f"{state.cfg.checkpointing.learning_dynamics_dir}/{name}.pt":
+                                               checkpoint.torch_writer(tensors) for name, tensors in found.items()})
+        services.derived = state.step
+
+
+def save_state(state: TrainState, services: Services) -> None:
+    """Start to write what a resume needs, and the plain model."""
+    cfg, saver = state.cfg.checkpointing, services.saver
+    saver.wait()  # before there is a second copy of everything
+    whole = checkpoint.gather_state(state.model, state.optimizers)
+    services.saved = state.step
     if dist.rank() == 0:
-        if whole and c.learning_dynamics is not None and c.learning_dynamics.optimizer_states:
-            moments = snapshots.optimizer_states(state["optimizer"], c.learning_dynamics.layer_suffixes)
-            files[f"{c.learning_dynamics_dir}/train_optimizer.pt"] = checkpoint.torch_writer(moments)
-        state |= {"step": t.step, "whole": whole, "config": to_dict(t.cfg), "progress": t.progress.state(),
-                  "data": t.dataset.state | {"next_row": t.step * t.cfg.data.dataloader.batch_size},
-                  "random": {"seed": t.cfg.training.seed},  # from which, with the step, all randomness follows
-                  "metrics_bytes": t.folder.metrics_size()}
-        files[f"{c.fabric_checkpoint_dir}/{c.fabric_checkpoint_filename}"] = checkpoint.torch_writer(state)
-        files |= llama.writers(merged_state(state["model"], t.cfg.model.relora), t.cfg.model, t.dataset.folder.parent)
-        t.saver.save(t.step, files)
+        whole |= {"step": state.step, "config": to_dict(state.cfg), "progress": state.progress.state(),
+                  "data": services.dataset.state | {"next_row": state.step * state.cfg.data.dataloader.batch_size},
+                  "random": {"seed": state.cfg.training.seed},  # from which, with the step, all randomness follows
+                  **services.folder.sync_metrics()}
+        writers = {f"{cfg.fabric_checkpoint_dir}/{cfg.fabric_checkpoint_filename}": checkpoint.torch_writer(whole)}
+        saver.save(state.step, writers | llama.writers(whole["model"], state.cfg.model, services.tokenizer_folder,
+                                                       not_llama=services.not_llama))
 
 
-def keep(t: Trainer) -> None:
+def save_before_ending(state: TrainState, services: Services) -> None:
     """Training ends early: drop the unfinished update, and write a checkpoint of the last whole step."""
-    for optimizer in t.optimizers:
+    for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    reshard(t.model)
-    undo_reset(t.model)  # as the update that is dropped would have done
-    t.saver.wait()
-    if dist.max_over_ranks(t.step != t.saved or t.saver.error is not None)[0]:  # only rank 0 writes, and knows of errors
-        t.folder.say(f"writing a checkpoint of step {t.step}")
-        save(t, whole=False)
-        t.saver.wait()
+    reshard(state.model)
+    faults.undo_reset(state.model)  # as the update that is dropped would have done
+    services.saver.wait()
+    failed = dist.max_over_ranks(services.saver.error is not None)[0]  # only rank 0 writes, and knows of errors
+    if services.saved != state.step or failed:
+        log.info(f"writing a checkpoint of step {state.step}")
+        save_state(state, services)
+        services.saver.wait()
     dist.barrier()  # when one rank has ended, torchrun gives the others 30 s
+
+
+# ---- how a run is put together -----------------------------------------------------------------------------------
+
+def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainState, Services]:
+    """Open data, run folder and evaluation; resume, or start. Raises UserError before anything is trained."""
+    check_names(cfg)
+    folder.lock()
+    found, saved, notes = checkpoint.resume(folder.path / cfg.checkpointing.checkpoints_dir, cfg.checkpointing)
+    if saved is not None:
+        notes += config.check_resume(saved["config"], cfg, found)
+    dataset = streaming.open_dataset(cfg.data, cfg.model, saved["step"] if saved else 0, saved["data"] if saved else None)
+    tokenizer_folder = dataset.folder.parent
+    tokenizer = load_tokenizer(tokenizer_folder)
+    setting = evaluate.Setting(cfg.evaluation, cfg.data.dataset, cfg.model, dataset.folder.parent, tokenizer, device)
+    evaluators, val_rows = evaluate.make_evaluators(setting), open_val_rows(cfg, setting)
+    weights = llama.starting_weights(cfg.training.start_from, cfg.model) if cfg.training.start_from and not saved else None
+    not_llama = dist.on_rank0(lambda: llama.not_llama(cfg.model))
+    folder.open()
+    uploader = None
+    if cfg.checkpointing.save_to_hf and dist.rank() == 0:
+        uploader = uploads.Uploader(folder.path, cfg.checkpointing, fresh=saved is None)
+    saver = checkpoint.Saver(cfg.checkpointing, folder.path, uploader.kick if uploader else lambda: None)
+    services = Services(folder, dataset, tokenizer, tokenizer_folder, evaluators, val_rows, saver, uploader, not_llama)
+    for note in notes + config.warnings(cfg, dist.world_size(), device.type):
+        log.warning(note)
+    if not_llama:
+        log.warning(f"the model is no Llama to other programs: {not_llama}; checkpoints keep it under this lab's own names")
+    state = resume(cfg, device, services, found, saved) if saved else start(cfg, device, services, weights, damaged=bool(notes))
+    folder.start_wandb()
+    if uploader is not None:
+        uploader.start()
+    return state, services
+
+
+def start(cfg: Config, device: torch.device, services: Services, weights: dict[str, Tensor] | None, damaged: bool) -> TrainState:
+    """A run at step 0. A record of earlier attempts whose checkpoints cannot be used is kept aside."""
+    adapters = cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0
+    state = TrainState(cfg, device, machine.choose_precision(cfg.training.fabric.precision, device), *build(cfg, device, adapters, weights), Progress(device))
+    if damaged:
+        services.folder.set_metrics_aside()
+    services.folder.rewind_metrics(0, 0)  # of a run that ended before its first checkpoint
+    describe(state, services)
+    return state
+
+
+def resume(cfg: Config, device: torch.device, services: Services, found: Path, saved: dict[str, Any]) -> TrainState:
+    parts = build(cfg, device, has_adapters(saved["model"]), saved["model"], saved["optimizer"])
+    state = TrainState(cfg, device, machine.choose_precision(cfg.training.fabric.precision, device), *parts, Progress(device), step=saved["step"])
+    state.progress.load(saved["progress"])
+    if state.progress.merged_at == state.step:
+        faults.repeat_reset(state.model, cfg.training.seed, state.step)
+    evaluated = services.folder.rewind_metrics(state.step, saved["metrics_bytes"], saved.get("metrics_sha256"))
+    services.saved = state.step
+    dynamics = cfg.checkpointing.learning_dynamics and cfg.checkpointing.learning_dynamics_dir
+    if dist.on_rank0(lambda: (evaluated or not cfg.evaluation.metrics) and (not dynamics or checkpoint.holds(found, dynamics))):
+        services.derived = state.step
+    describe(state, services)
+    log.info(f"resumed at step {state.step}")
+    return state
+
+
+def check_names(cfg: Config) -> None:
+    """Raise ConfigError where an option names layers that the model does not have."""
+    with torch.device("meta"):
+        model = PicoDecoder(cfg.model)
+        if cfg.model.relora is not None:
+            apply_relora(model, cfg.model.relora)
+    if cfg.checkpointing.learning_dynamics is not None:
+        snapshots.chosen_layers(model, cfg.checkpointing.learning_dynamics.layer_suffixes)
+
+
+def open_val_rows(cfg: Config, setting: evaluate.Setting) -> np.ndarray | None:
+    """The rows of the val snapshot, where one is wanted."""
+    dynamics = cfg.checkpointing.learning_dynamics
+    if dynamics is None or dynamics.eval_data is None:
+        return None
+    name = str(setting.dataset) if dynamics.eval_data == "val" else dynamics.eval_data
+    rows = setting.open_rows(name, "val", "checkpointing.learning_dynamics.eval_data")
+    return setting.cut(rows.rows(0, min(len(rows), dynamics.max_rows or len(rows))), cfg.model.max_seq_len, "the val snapshot")
+
+
+class Parts(NamedTuple):
+    """What `build` makes."""
+    model: PicoDecoder
+    wrapped: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+
+
+def build(cfg: Config, device: torch.device, adapters: bool, weights: dict[str, Tensor] | None = None,
+          optimizer_state: dict[str, dict] | None = None) -> Parts:
+    """Make model, wrapping and optimizers; `weights` with adapters go in after these are made, plain ones before."""
+    torch.manual_seed(cfg.training.seed)
+    if device.type == "cpu" and cfg.model.fast_paths:
+        cpu_kernels.keep_freed_memory()
+    model = PicoDecoder(cfg.model)
+    plain = weights is not None and not has_adapters(weights)
+    if plain:
+        checkpoint.load_model_state(model, weights, "the plain weights")
+    if adapters:
+        apply_relora(model, cfg.model.relora, cfg.training.seed, faults.layer_type(cfg.model.relora))
+    if weights is not None and not plain:
+        checkpoint.load_model_state(model, weights, "the checkpoint")
+    model = model.to(device)
+    wrapped = parallelize(model, model.layers, cfg.training, device)
+    optimizers = make_optimizers(model, cfg.training.optimization)
+    if adapters:
+        faults.install(model, optimizers, cfg.model.relora)
+    if optimizer_state is not None:
+        checkpoint.load_optimizer_state(model, optimizers, optimizer_state)
+    return Parts(model, wrapped, optimizers)
+
+
+def describe(state: TrainState, services: Services) -> None:
+    micro, accumulation = state.cfg.micro_batches(dist.world_size())
+    log.info(f"{state.model.num_parameters():,} parameters, {state.model.num_parameters(trainable_only=True):,} trainable; "
+             f"{dist.world_size()} x {state.device.type}, {wrapping(state.wrapped)}, {state.precision}")
+    log.info(f"{services.dataset.folder}: {len(services.dataset):,} rows of {services.dataset.row_length} tokens; an update takes "
+             f"{dist.world_size()} ranks x {accumulation} micro-batches x {micro} rows; run folder {services.folder.path}")
 
 
 def main() -> None:

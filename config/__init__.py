@@ -1,8 +1,9 @@
 """Every option of the lab: typed, with its default and the reason for it.
 
 A configuration is a YAML file plus `section.key=value` words from the command line, checked
-against the dataclasses below. The keys and defaults of pico-train and relora-pico are kept, so
-their files load unchanged; keys that are ours say so with "(ours)".
+against the dataclasses below. A number must be above 0 where no `option` beside its field says
+otherwise. The keys and defaults of pico-train and relora-pico are kept, so their files load
+unchanged; keys that are ours say so with "(ours)".
 
     from config import load_config
     cfg = load_config("config/demo.yaml", ["training.max_steps=10"])
@@ -12,25 +13,24 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from config.checks import check, check_strategy, contradictions, warnings  # noqa: F401 (some are for importers)
-from config.reading import ConfigError, UserError, apply_override, build, flat  # noqa: F401
+from config.checks import check, check_resume, check_strategy, warnings  # noqa: F401 (some are for importers)
+from config.reading import ConfigError, UserError, apply_overrides, build, flat, option, read_yaml, show  # noqa: F401
 
 # ---- data ---------------------------------------------------------------------------------------
 
 @dataclass
 class DatasetConfig:
     name: str = "pico-lm/pretokenized-dolma"  # a folder made by shards.py, or a dataset on the Hub
-    cache_dir: str = "data/hub"  # (ours) where shards from the Hub are kept
-    prefetch_shards: int = 2  # (ours) shards fetched ahead of the one in use
-    keep_shards: int | None = None  # (ours) shards kept behind it; null: all (the whole of Dolma is 840 GB)
+    cache_dir: str = "corpora/hub"  # (ours) where shards from the Hub are kept
+    prefetch_shards: int = option(2, least=0)  # (ours) shards fetched ahead of the one in use
+    keep_shards: int | None = option(None, least=0)  # (ours) shards kept behind it; null: all (the whole of Dolma is 840 GB)
     revision: str | None = None  # (ours) a commit or branch of the Hub dataset; null: main, pinned at first contact
-    patience_minutes: float = 60  # (ours) how long the Hub may be away before the run checkpoints and stops
+    patience_minutes: float = option(60, most=1e6)  # (ours) how long the Hub may be away before the run checkpoints and stops
 
 
 @dataclass
@@ -42,6 +42,7 @@ class DataLoaderConfig:
 class TokenizerConfig:
     name: str = "allenai/OLMo-7B-0724-hf"  # a folder or a Hub model, for a dataset of more than bytes without a tokenizer.json
     vocab_size: int = 50304  # unused, kept for pico-train's files: see model.vocab_size
+    eos: str | None = None  # (ours) the token that ends a text; null: what the tokenizer's own files say
 
 
 @dataclass
@@ -56,23 +57,23 @@ class DataConfig:
 @dataclass
 class OptimizerResetConfig:
     mode: Literal["zero", "random", "magnitude", "none"] = "random"  # (ours) what a reset does to Adam's moments
-    ratio: float = 0.999  # (ours) the share that random and magnitude prune; zero prunes all
+    ratio: float = option(0.999, least=0, most=1)  # (ours) the share that random and magnitude prune; zero prunes all
 
 
 @dataclass
 class ReLoRAConfig:
     target_modules: list[str]  # substrings of the names of the linear layers to adapt
     reset_frequency: int  # updates between merges
-    r: int = 128  # rank of one cycle's update
-    lora_alpha: float = 32  # the update is scaled by lora_alpha / r
-    lora_dropout: float = 0.1  # on the adapter's input only; 0 opens the faster path
+    r: int = option(128, most=2 ** 20)  # rank of one cycle's update
+    lora_alpha: float = option(32, most=1e9)  # the update is scaled by lora_alpha / r
+    lora_dropout: float = option(0.1, least=0, below=1)  # on the adapter's input only; 0 opens the faster path
     keep_original_weights: bool | None = None  # true (the default): W starts at the model's own initialisation
     lora_only: bool = False  # no W at all, and no merges: plain low-rank training
     trainable_scaling: bool = False  # scale by tanh of a learnt scalar instead
-    warm_start_steps: int = 0  # (ours) full-rank updates first; Lialin et al. gain 9 perplexity at 130M
+    warm_start_steps: int = option(0, least=0)  # (ours) full-rank updates first; Lialin et al. gain 9 perplexity at 130M
     optimizer_reset: OptimizerResetConfig = field(default_factory=OptimizerResetConfig)
     reference_faults: list[Literal["dead_adapters", "unscaled_merge", "undone_reset", "late_merge",
-                                   "kept_adam_step"]] = field(default_factory=list)  # (ours) to reproduce published runs
+                                   "kept_adam_step", "kept_scaling"]] = field(default_factory=list)  # (ours) to reproduce published runs
 
     @property
     def has_initial_weights(self) -> bool:
@@ -83,14 +84,14 @@ class ReLoRAConfig:
 @dataclass
 class ModelConfig:
     model_type: Literal["pico_decoder"] = "pico_decoder"  # names what is built
-    d_model: int = 768
-    n_layers: int = 12
-    vocab_size: int = 50304  # 50,280 entries of the OLMo tokenizer, padded to a multiple of 128
+    d_model: int = option(768, most=2 ** 20)
+    n_layers: int = option(12, most=10_000)
+    vocab_size: int = option(50304, most=2 ** 31 - 1)  # 50,280 entries of the OLMo tokenizer, padded to a multiple of 128
     batch_size: int = 1024  # unused, kept for pico-train's files: see data.dataloader.batch_size
-    max_seq_len: int = 2048  # training rows hold one token more: the last label
+    max_seq_len: int = option(2048, most=2 ** 24)  # training rows hold one token more: the last label
     attention_n_heads: int = 12
     attention_n_kv_heads: int = 4  # grouped queries: a third of the KV cache
-    activation_hidden_dim: int = 3072  # SwiGLU's inner width, 4 d_model in every preset
+    activation_hidden_dim: int = option(3072, most=2 ** 22)  # SwiGLU's inner width, 4 d_model in every preset
     norm_eps: float = 1e-6
     position_emb_theta: float = 10000.0
     relora: ReLoRAConfig | None = None  # null: full-rank training
@@ -112,28 +113,29 @@ class FabricConfig:
 class OptimizationConfig:
     optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"  # muon: the blocks' matrices, in bf16; AdamW: the rest
     lr: float = 3e-4  # ReLoRA wants about twice the full-rank rate
-    lr_scheduler: Literal["linear_with_warmup", "relora_jagged_cosine", "cosine_with_warmup",
-                          "constant_with_warmup"] = "linear_with_warmup"
-    lr_warmup_steps: int = 2500
-    restart_warmup_steps: int = 0  # updates over which the jagged schedule climbs back after a merge
-    min_lr_ratio: float = 0.0  # floor of the cosines, as a share of lr
+    lr_scheduler: Literal["linear_with_warmup", "relora_jagged_cosine", "cosine_with_warmup", "constant_with_warmup",
+                          "wsd"] = "linear_with_warmup"
+    lr_warmup_steps: int = option(2500, least=0)
+    decay_share: float = option(0.2, least=0, most=1)  # (ours) of max_steps, over which wsd falls to min_lr_ratio at the end
+    restart_warmup_steps: int = option(0, least=0)  # updates over which the jagged schedule climbs back after a merge
+    min_lr_ratio: float = option(0.0, least=0, most=1)  # floor of the cosines and of wsd, as a share of lr
     gradient_accumulation_steps: int = 128  # micro-batch = batch_size / (ranks x this)
-    weight_decay: float = 0.01  # (ours) PyTorch's AdamW default, which the published runs used
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # (ours) Adam's averages
-    momentum: float = 0.95  # (ours) of sgd and muon
+    weight_decay: float = option(0.01, least=0)  # (ours) PyTorch's AdamW default, which the published runs used
+    betas: list[float] = option(factory=lambda: [0.9, 0.999], least=0, below=1)  # (ours) Adam's averages
+    momentum: float = option(0.95, least=0, below=1)  # (ours) of sgd and muon
 
 
 @dataclass
 class TrainingConfig:
     max_steps: int = 200000  # the horizon of the schedule
     stop_at_step: int | None = None  # (ours) end early without bending the schedule
-    seed: int = 42  # (ours) everything random follows from this and the step
+    seed: int = option(42, least=0)  # (ours) everything random follows from this and the step
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # (ours) auto: DDP where there is more than one rank
     micro_batch_size: int | None = None  # (ours) rows a forward, in place of gradient_accumulation_steps
     grad_clip: float | None = None  # (ours) largest gradient norm; the published runs do not clip
     compile: bool | None = None  # (ours) torch.compile each block; null: on CUDA, where it pays
     start_from: str | None = None  # (ours) a run, step or Llama folder to take weights from: Lialin's other warm start
-    hang_timeout_minutes: float = 30  # (ours) a rank that is silent for so long shows where it hangs, and ends the run
+    hang_timeout_minutes: float = option(30, most=1e6)  # (ours) a rank that is silent for so long shows where it hangs, and ends the run
     max_nonfinite_steps: int = 20  # (ours) skipped updates in a row after which the run stops
     fabric: FabricConfig = field(default_factory=FabricConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
@@ -151,7 +153,7 @@ class ValConfig:
 class PalomaConfig:
     dataset_name: str = "pico-lm/pretokenized-paloma-tinsy"  # a Hub dataset or a folder made by shards.py
     dataset_split: str = "val"
-    max_length: int = 2048  # longer rows are cut
+    max_length: int = option(2048, least=2)  # longer rows are cut
     batch_size: int = 16
 
 
@@ -193,7 +195,7 @@ class MonitoringConfig:
 
 @dataclass
 class HFCheckpointConfig:
-    repo_id: str = ""
+    repo_id: str = ""  # owner/name; without an owner that of the token
     collection_slug: str | None = None
 
 
@@ -210,7 +212,7 @@ class CheckpointEvaluationConfig:
 @dataclass
 class LearningDynamicsConfig:
     layer_suffixes: list[str] = field(default_factory=lambda: ["attention.v_proj", "attention.o_proj", "swiglu.w_2"])
-    sequence_idx: int = -1  # the position whose activations are kept
+    sequence_idx: int = option(-1, least=-math.inf)  # the position whose activations are kept
     batch_size: int = 8  # rows a forward of the snapshot; bounds its memory, not its size
     eval_data: str | None = "pico-lm/pretokenized-paloma-tinsy"  # of the val snapshot: Hub name, folder, or val
     max_rows: int | None = None  # (ours) rows of a snapshot; null: the whole batch, all of eval_data
@@ -229,7 +231,7 @@ class CheckpointingConfig:
     save_every_n_steps: int = 1000
     keep_training_states: int | None = None  # (ours) null: all; older ones are pruned, snapshots never
     save_to_hf: bool = False
-    upload_grace_seconds: float = 120  # (ours) at the end of a run, for uploads that are left
+    upload_grace_seconds: float = option(120, most=1e8)  # (ours) at the end of a run, for uploads that are left
     hf_checkpoint: HFCheckpointConfig = field(default_factory=HFCheckpointConfig)
     training: CheckpointTrainingConfig = field(default_factory=CheckpointTrainingConfig)
     evaluation: CheckpointEvaluationConfig = field(default_factory=CheckpointEvaluationConfig)
@@ -273,14 +275,16 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         presets = sorted(p.name for p in Path(__file__).parent.glob("*.yaml"))
         near = difflib.get_close_matches(path.name, presets, n=1, cutoff=0.3) or presets[:1]
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
                           f"did you mean config/{near[0]}?") from None
-    except Exception as error:  # PyYAML lets ValueError, KeyError, RecursionError and others through
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
+    try:
+        tree = read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not (tree is None or isinstance(tree, dict)):
         raise ConfigError(f"{path}: expected sections such as `training:`, found a {type(tree).__name__}")
     return config_from_dict(tree or {}, overrides)
@@ -288,10 +292,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def config_from_dict(tree: dict, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The checked configuration of a nested dict, as load_config does for a file."""
-    for word in overrides:
-        tree = apply_override(tree, word)
-    cfg = build(Config, tree)
-    check(cfg, flat(to_dict(cfg)))
+    cfg = build(Config, apply_overrides(tree, overrides))
+    check(cfg)
     return cfg
 
 

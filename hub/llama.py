@@ -9,20 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from checkpoint import CheckpointError, Writer, compare_states, load_model_state, publish, step_folders, tensor_bytes
 from config import CheckpointingConfig, ConfigError, ModelConfig, ReLoRAConfig, config_from_dict, load_config
 from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
 from model import PicoDecoder
-from relora import apply_relora, merged_state
+from relora import apply_relora, has_adapters, relora_layers
+from runtime.files import HashingFile
 
 # our name below layers.{i} -> Llama's below model.layers.{i}
 LAYER_NAMES = {
@@ -87,24 +87,24 @@ def byte_tokenizer_json() -> dict:
 
 
 def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
-            dtype: torch.dtype = torch.float32) -> dict[str, Writer]:
-    """The files of a plain Llama folder, {name: writer}, from a plain decoder's state dict."""
+            dtype: torch.dtype = torch.float32, not_llama: str | None = None) -> dict[str, Writer]:
+    """The files of a plain Llama folder, {name: writer}, from a decoder's state dict, adapters or not."""
     tokenizer, known = load_tokenizer(tokenizer_folder), (tokenizer_folder / "tokenizer.json")
     eos, pad = (i if i is not None and i < cfg.vocab_size else None for i in (tokenizer.eos, tokenizer.pad))
 
     def as_json(value: dict) -> Writer:
-        return Writer(lambda path: path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+        return Writer(lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
-    def weights(path: Path) -> None:
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in llama_state(state, cfg).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
+    def weights(file: HashingFile) -> None:
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in llama_state(plain_state(state, cfg), cfg).items()}
+        file.write(save(tensors, metadata={"format": "pt"}))
 
     names = {"eos_token": tokenizer.text_of(eos), "pad_token": tokenizer.text_of(pad)}
     return {
         "config.json": as_json(llama_config(cfg, eos, pad, dtype)),
         "generation_config.json": as_json({"eos_token_id": eos, "pad_token_id": pad, "do_sample": True}),
         "model.safetensors": Writer(weights, tensor_bytes(state)),
-        "tokenizer.json": Writer(lambda path: shutil.copy(known, path)) if known.exists() else as_json(byte_tokenizer_json()),
+        "tokenizer.json": Writer(lambda file: file.write(known.read_bytes())) if known.exists() else as_json(byte_tokenizer_json()),
         "tokenizer_config.json": as_json({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces":
                                           False, "model_max_length": cfg.max_seq_len}
                                          | {key: text for key, text in names.items() if text is not None}),
@@ -141,7 +141,7 @@ def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     folder = resolve(path)
     found, tensors = read_folder(folder)
     cfg = _our_config(found, folder)
-    compare_states(llama_state(parameters_of(cfg), cfg), tensors, folder)
+    compare_states(llama_state(skeleton(cfg).state_dict(), cfg), tensors, folder)
     heads = {"q_proj": cfg.attention_n_heads, "k_proj": cfg.attention_n_kv_heads}
     state = {}
     for ours, theirs in llama_names(cfg).items():
@@ -172,13 +172,28 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return found, tensors
 
 
-def parameters_of(cfg: ModelConfig) -> dict[str, Tensor]:
-    """The names and shapes of a model's parameters; no numbers."""
+def skeleton(cfg: ModelConfig) -> PicoDecoder:
+    """The model without numbers, adapters included."""
     with torch.device("meta"):
         model = PicoDecoder(cfg)
         if cfg.relora is not None:
             apply_relora(model, cfg.relora)
-    return model.state_dict()
+    return model
+
+
+def plain_state(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """The plain decoder's state dict from one that may hold adapters: every weight is the effective one."""
+    if not has_adapters(state):
+        return state
+    model = skeleton(cfg)
+    model.load_state_dict(state, assign=True)
+    adapted = {f"{name}.weight": layer.effective_weight() for name, layer in relora_layers(model).items()}
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in relora_layers(model)} | adapted
+
+
+def not_llama(cfg: ModelConfig) -> str | None:
+    """Why this code's decoder does not compute what LlamaForCausalLM does, or None."""
+    return None
 
 
 def _our_config(found: Any, folder: Path) -> ModelConfig:
@@ -208,6 +223,18 @@ def _our_config(found: Any, folder: Path) -> ModelConfig:
     if differing:
         raise CheckpointError(f"{folder}: config.json is not of a model that this lab builds: it has {', '.join(differing)}")
     return cfg
+
+
+def starting_weights(source: str, cfg: ModelConfig) -> dict[str, Tensor]:
+    """Those of `source`, training.start_from. Raises ConfigError unless they are of the very model that is trained."""
+    found, weights = load_plain(source)
+    for key in ("d_model", "n_layers", "vocab_size", "attention_n_heads", "attention_n_kv_heads", "activation_hidden_dim",
+                "norm_eps", "position_emb_theta"):
+        theirs, ours = getattr(found, key), getattr(cfg, key)
+        if theirs != ours:
+            raise ConfigError(f"training.start_from: {source} has {key} {theirs!r}, and model.{key} is "
+                              f"{ours!r}; use model.{key}={theirs}")
+    return weights
 
 
 def load_decoder(path: str | Path) -> PicoDecoder:
@@ -245,8 +272,8 @@ def load_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         for theirs, leaf in ((".A_lora.weight", ".lora_A"), (".B_lora.weight", ".lora_B"), (".s", ".scaling")):
             name = name.removesuffix(theirs) + leaf if name.endswith(theirs) else name
         ours[name] = tensor.float()
-    compare_states(parameters_of(cfg), ours, folder)
-    return dataclasses.replace(cfg, relora=None), merged_state(ours, cfg.relora)
+    compare_states(skeleton(cfg).state_dict(), ours, folder)
+    return dataclasses.replace(cfg, relora=None), plain_state(ours, cfg)
 
 
 def import_model(source: str, out: Path, revision: str | None, tokenizer: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import DataError, token_dtype
-from runtime.files import need_room, reserve
+from runtime.files import require_room, reserve
 
 
 class Converted(NamedTuple):
@@ -46,7 +46,7 @@ def convert_parquet(path: Path, target: Path, vocab_size: int) -> Converted:
                     if row_length < 2:
                         raise DataError(f"{path}: row 0 has {row_length} ids; a row holds an input and its label at least")
                     dtype = token_dtype(vocab_size)
-                    need_room(target, total * row_length * dtype.itemsize, str(path))
+                    require_room(target, total * row_length * dtype.itemsize, str(path))
                     out = np.lib.format.open_memmap(target, "w+", dtype, (total, row_length))
                     reserve(target, str(path))
                 if (wrong := lengths != row_length).any():

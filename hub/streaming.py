@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from config import Config, ConfigError, DatasetConfig
+from config import ConfigError, DataConfig, DatasetConfig, ModelConfig
 from data import ByteTokenizer, DataError, TokenDataset, token_dtype
 from hub.datasets import WINDOW, Source, fetch, fetch_tokenizer, find, is_local, tell
 from runtime import dist
@@ -216,28 +216,28 @@ class StreamedDataset(TokenDataset):
 
 # ---- what a run opens ------------------------------------------------------------------------------------------
 
-def open_dataset(cfg: Config, step: int, saved: dict[str, Any] | None) -> TokenDataset:
-    """The training rows of `cfg`, from a local folder or the Hub; `saved` is a checkpoint's dataset.state.
+def open_dataset(data: DataConfig, model: ModelConfig, step: int, saved: dict[str, Any] | None) -> TokenDataset:
+    """The training rows of `data`, from a local folder or the Hub; `saved` is a checkpoint's dataset.state.
 
     Every rank must call it. Raises UserError where the rows do not fit the model or are not those of the checkpoint.
     """
-    d, m = cfg.data.dataset, cfg.model
+    d, m = data.dataset, model
     if is_local(d.name):
         dataset = TokenDataset(d.name)
         if dataset.vocab_size > ByteTokenizer.vocab_size:  # not bytes: text could not be shown, nor the model exported
-            fetch_tokenizer(cfg.data.tokenizer.name, Path(d.name))
+            fetch_tokenizer(data.tokenizer.name, Path(d.name))
     else:
         source = find(d.name, "train", d, saved["revision"] if saved else None)
-        dataset = StreamedDataset(source, d, m.vocab_size, cfg.data.dataloader.batch_size, step,
+        dataset = StreamedDataset(source, d, m.vocab_size, data.dataloader.batch_size, step,
                                   saved["seen"] if saved else None)
-        fetch_tokenizer(cfg.data.tokenizer.name, dataset.folder.parent)
+        fetch_tokenizer(data.tokenizer.name, dataset.folder.parent)
     if dataset.row_length != m.max_seq_len + 1:
         raise ConfigError(f"model.max_seq_len: {m.max_seq_len} needs rows of {m.max_seq_len + 1} tokens, but "
                           f"{dataset.folder} has {dataset.row_length}; use model.max_seq_len={dataset.row_length - 1}")
     if dataset.vocab_size > m.vocab_size:
         raise ConfigError(f"model.vocab_size: {m.vocab_size} is below the {dataset.vocab_size} of {dataset.folder}; "
                           f"use model.vocab_size={dataset.vocab_size}")
-    dataset.rows(step * cfg.data.dataloader.batch_size, 1)  # fails on a bad shard before anything is written
+    dataset.rows(step * data.dataloader.batch_size, 1)  # fails on a bad shard before anything is written
     if saved and saved["fingerprint"] != dataset.fingerprint:
         raise ConfigError(f"data.dataset.name: {d.name} holds other tokens than the checkpoint was trained on; put the "
                           f"old ones back, or choose another checkpointing.run_name")

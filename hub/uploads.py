@@ -17,6 +17,7 @@ from typing import NamedTuple
 from checkpoint import CheckpointError, read_manifest, step_folders
 from config import CheckpointingConfig, load_config
 from hub.datasets import first_line
+from runtime.log import log
 
 COMMITS_PER_HOUR = 120  # the Hub allows about 128 a repository
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between tries; doubled each time
@@ -55,10 +56,10 @@ def commits(run: Path, cfg: CheckpointingConfig) -> list[Commit]:
 class Uploader:
     """Sends the commits of a run. `sync` does so once; `start` does so in a thread whenever `kick`ed."""
 
-    def __init__(self, run: Path, cfg: CheckpointingConfig, say: Callable[..., None], fresh: bool = False):
+    def __init__(self, run: Path, cfg: CheckpointingConfig, fresh: bool = False):
         from huggingface_hub import HfApi, utils
         utils.disable_progress_bars()
-        self.run, self.cfg, self.say, self.api = run, cfg, say, HfApi()
+        self.run, self.cfg, self.api = run, cfg, HfApi()
         self.repo, self.branch = cfg.hf_checkpoint.repo_id, run.resolve().name
         self.sent: set[str] | None = None  # titles on the branch; None: to be asked
         self._fresh = fresh  # a run that has just begun, and can have sent nothing
@@ -85,7 +86,7 @@ class Uploader:
             while self._thread.is_alive() and time.monotonic() < end and not hurry():
                 self._thread.join(timeout=0.2)
             if self._thread.is_alive():
-                self.say(f"some uploads are left; send them with: python export.py upload '{self.run}'", "WARNING")
+                log.warning(f"some uploads are left; send them with: python export.py upload '{self.run}'")
 
     def _work(self) -> None:
         while True:
@@ -109,7 +110,7 @@ class Uploader:
                 if failures == tries or _refused(error) and tries is not None:
                     raise
                 pause = min(2 * pause, LONGEST_PAUSE) if failures > 1 else FIRST_PAUSE
-                self.say(f"upload to {self.repo}: {first_line(error)}; trying again in {pause:.0f} s", "WARNING")
+                log.warning(f"upload to {self.repo}: {first_line(error)}; trying again in {pause:.0f} s")
                 time.sleep(pause)
 
     def sync(self) -> None:
@@ -131,8 +132,8 @@ class Uploader:
             self._to_prepare.pop(0)
         titles = {commit.title for commit in self.api.list_repo_commits(self.repo, revision=self.branch)}
         if self._fresh and (others := sum(title.startswith("Saving ") for title in titles)):
-            self.say(f"upload to {self.repo}: branch {self.branch} holds {others} commits of an earlier run of this name, which "
-                     f"stay; delete the branch, or choose another checkpointing.run_name", "WARNING")
+            log.warning(f"upload to {self.repo}: branch {self.branch} holds {others} commits of an earlier run of this name, which "
+                     f"stay; delete the branch, or choose another checkpointing.run_name")
         self._fresh = False
         return titles
 
@@ -167,7 +168,7 @@ def upload_run(run: Path) -> None:
     if not cfg.hf_checkpoint.repo_id:
         raise CheckpointError(f"checkpointing.hf_checkpoint.repo_id: is empty in {path}; set it to owner/name")
     try:
-        made = Uploader(run, cfg, lambda words, level: print(words)).sync_with_retries(tries=5)
+        made = Uploader(run, cfg).sync_with_retries(tries=5)
     except Exception as error:
         fix = "log in with `hf auth login`, or set HF_TOKEN" if _refused(error) else "try again later"
         raise CheckpointError(f"upload to {cfg.hf_checkpoint.repo_id}: {first_line(error)}; {fix}") from None

@@ -26,9 +26,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError, read_manifest, step_folders
+from checkpoint import CheckpointError, gather_state, read_manifest, step_folders
 from config import ConfigError, LearningDynamicsConfig
-from data import to_device
+from data import Tokenizer, to_device
 from relora import HEAD, ReLoRALinear
 from runtime import dist, signals
 from runtime.wrap import eval_mode
@@ -97,7 +97,8 @@ def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig,
             for (name, (x, y)), dy in zip(((n, seen[n]) for n in layers), outputs):
                 gradients[name].addmm_(dy.flatten(0, 1).float().T, x.detach().flatten(0, 1).float(), alpha=share)
                 if share:
-                    activations[name].append(y.detach()[:, cfg.sequence_idx].float().cpu())
+                    # a copy: a view would keep all positions alive
+                    activations[name].append(y.detach()[:, cfg.sequence_idx].to("cpu", torch.float32, copy=True))
             seen.clear()
     result = {"activations": _gathered(activations), "weights": {}, "gradients": {},
               "data": {"input_ids": torch.from_numpy(rows.astype(np.int64))}}
@@ -124,13 +125,26 @@ def _add_weights(result: dict[str, dict[str, Tensor]], name: str, layer: nn.Modu
     if not isinstance(layer, ReLoRALinear):
         weights[name] = host(layer.weight)
         return
-    A, B, update = host(layer.lora_A), host(layer.lora_B), host(layer.update())
+    A, B, weights[name] = host(layer.lora_A), host(layer.lora_B), host(layer.effective_weight())
     scale = layer.scale if isinstance(layer.scale, float) else host(layer.scale)
-    weights[name] = update if layer.weight is None else host(layer.weight) + update
     weights |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
     if layer.weight is not None:
         weights[f"{name}.base"] = host(layer.weight)
     gradients |= {f"{name}.lora_A": scale * (B.T @ gradient), f"{name}.lora_B": scale * (gradient @ A.T)}
+
+
+def snapshots_of(model: nn.Module, optimizers: list[torch.optim.Optimizer], rows: dict[str, np.ndarray | None],
+                 cfg: LearningDynamicsConfig, tokenizer: Tokenizer, device: torch.device) -> dict[str, dict]:
+    """{SPLIT_KIND: {name: tensor}} of the splits that have rows; on rank 0, empty elsewhere. Every rank must call it."""
+    found = {}
+    for split, split_rows in rows.items():
+        if split_rows is not None:
+            kinds = snapshot(model, split_rows, cfg, device)
+            kinds["data"]["text"] = [tokenizer.decode(row) for row in kinds["data"]["input_ids"].tolist()]
+            found |= {f"{split}_{kind}": tensors for kind, tensors in kinds.items()}
+    if cfg.optimizer_states:
+        found["train_optimizer"] = optimizer_states(gather_state(model, optimizers)["optimizer"], cfg.layer_suffixes)
+    return found if dist.rank() == 0 else {}
 
 
 def optimizer_states(state: dict[str, dict], suffixes: list[str]) -> dict[str, Tensor]:

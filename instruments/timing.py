@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
@@ -22,10 +23,10 @@ import train
 from data import BatchLoader, TokenDataset, shard_entry, write_index
 from hub import llama
 from hub.parquet import convert_parquet
-from relora import merge_and_reinit, merged_state, reset_optimizer
+from relora import merge_and_reinit, reset_optimizer
 from runtime import kernels, machine
 from shards import write_shards
-from trainer import Trainer
+from train import TrainState
 
 
 def peak_memory() -> int:
@@ -44,7 +45,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def our_step(t: Trainer, rows: torch.Tensor) -> Callable[[], None]:
+def our_step(t: TrainState, rows: torch.Tensor) -> Callable[[], None]:
     """One update of ours."""
     def step() -> None:
         train.set_learning_rate(t)
@@ -52,12 +53,12 @@ def our_step(t: Trainer, rows: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def merge(t: Trainer) -> None:
+def merge(t: TrainState) -> None:
     merge_and_reinit(t.model, seed=0, step=t.step)
     reset_optimizer(t.optimizers, t.model, seed=0, step=t.step)
 
 
-def breakdown(t: Trainer, rows: torch.Tensor) -> dict[str, float]:
+def breakdown(t: TrainState, rows: torch.Tensor) -> dict[str, float]:
     """Seconds of the parts of a step, medians of 5, and of what is due now and then."""
     parts: dict[str, list[float]] = {"data_wait": [], "forward_backward": [], "optimizer": []}
     loss = torch.zeros(())
@@ -78,15 +79,15 @@ def breakdown(t: Trainer, rows: torch.Tensor) -> dict[str, float]:
         return found | checkpoint_costs(t, rows, Path(folder))
 
 
-def checkpoint_costs(t: Trainer, rows: torch.Tensor, folder: Path) -> dict[str, float]:
+def checkpoint_costs(t: TrainState, rows: torch.Tensor, folder: Path) -> dict[str, float]:
     """Seconds that a checkpoint takes when it is waited for, and when training goes on: standing still, and run slower."""
     step = our_step(t, rows)
     usual = statistics.median(seconds(step, t.device) for _ in range(3))
-    saver = checkpoint.Saver(t.cfg.checkpointing, folder, print)
+    saver = checkpoint.Saver(t.cfg.checkpointing, folder)
 
     def save() -> None:
         state = checkpoint.gather_state(t.model, t.optimizers)
-        files = llama.writers(merged_state(state["model"], t.cfg.model.relora), t.cfg.model, folder)
+        files = llama.writers(state["model"], t.cfg.model, folder)
         saver.save(t.step, files | {"training_state/checkpoint.pt": checkpoint.torch_writer(state | {"step": t.step})})
     blocking = seconds(save, t.device) + seconds(saver.wait, t.device)
     step()
@@ -104,7 +105,7 @@ def sweep_attention(batch: int, length: int) -> list[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ways = {backend.name: functools.partial(sdpa_of, backend) for backend in
             (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)}
-    ways["blocks (kernels.py)" if device.type == "cpu" else "torch's choice"] = kernels.causal_attention
+    ways["blocks (cpu_kernels.py)" if device.type == "cpu" else "torch's choice"] = kernels.causal_attention
     found = []
     for head_dim in (8, 32, 64, 128):
         q, k, v = (torch.randn(batch, heads, length, head_dim, device=device, dtype=dtype, requires_grad=True)
@@ -123,11 +124,12 @@ def sweep_attention(batch: int, length: int) -> list[dict[str, Any]]:
 
 
 def sdpa_of(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    k, v = (each.repeat_interleave(q.size(1) // k.size(1), dim=1) for each in (k, v)) if q.device.type == "cpu" else (k, v)
     with sdpa_kernel(backend):
-        return kernels.causal_attention(q, k, v, fast=False)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
 
 
-def recompilations(t: Trainer, rows: torch.Tensor) -> dict[str, int]:
+def recompilations(t: TrainState, rows: torch.Tensor) -> dict[str, int]:
     """Graphs that torch.compile makes in the first step, and in 9 more with 3 merges and evaluations among them."""
     step, stats = our_step(t, rows), torch._dynamo.utils.counters["stats"]
 

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import faulthandler
 import gc
+import hashlib
 import os
 import signal
 import socket
@@ -84,6 +85,11 @@ def session(device: torch.device, hang_minutes: float = 30, patience_minutes: fl
         # gloo's threads, which may hold the last reference to a tensor, must end before the interpreter does
         _hosts = _patient = None
         gc.collect()  # a DDP or FSDP2 model, in whatever cycle it is, refers to the group
+
+
+def derive_seed(*place: int | str) -> int:
+    """A 63-bit seed from the run's seed and a place in it, such as (42, step, layer name): the same on every rank."""
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _die_with_torchrun() -> None:

@@ -1,47 +1,194 @@
-"""Files that neither a crash nor a full disk can spoil: replaced in one step, synced, checked for room beforehand."""
+"""Files that neither a crash, a full disk nor a bad one can spoil: written through one writer, replaced in one step, synced.
+
+What is read is whole, damaged or unreadable: an I/O error that may pass is tried again, and is never taken for damage.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from config import UserError
-from runtime import dist
 from runtime.errors import FULL
 
+T = TypeVar("T")
 STAGING = ".staging-"  # before the names of what is not complete yet
+PAUSES = (0.1, 0.4, 1.6)  # seconds between tries to read
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # to try again would change nothing
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
-def fsync(path: Path) -> None:
-    """Make a file's contents, or a folder's entries, survive a power cut."""
+class Unreadable(UserError):
+    """A file that the disk does not give now; it may be whole."""
+    exit_code = 1
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+def try_again(read: Callable[[], T], path: Path) -> T:
+    """read(), tried again where the disk fails. Raises Unreadable, or OSError where the file is not there."""
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in ABSENT or error.errno is None:
+                raise
+            if pause is None:
+                raise Unreadable(f"{path}: cannot be read ({error.strerror}); look after the disk, and start again") from None
+            time.sleep(pause)
+    raise AssertionError
+
+
+def read_text(path: Path) -> str:
+    return try_again(lambda: path.read_text(encoding="utf-8"), path)
+
+
+def sha256(path: Path) -> str:
+    def digest() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+    return try_again(digest, path)
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()  # Python 3.10
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+class HashingFile:
+    """A new file on its way to the disk: what is handed over is counted and hashed here, not read back.
+
+    A failed write shows at `close`, since torch and others take no exception well in the middle of a file.
+    """
+
+    def __init__(self, path: Path):
+        # exclusive and no links: nobody can have us write elsewhere
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
+        self.path, self.size, self.error = path, 0, None
+        self._file, self._digest = os.fdopen(handle, "wb", buffering=1 << 20), hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+            self._digest.update(data)
+        self.size += size
+        return size
+
+    def flush(self) -> None:
+        """What the system has not taken yet is written at the end."""
+
+    def close(self) -> dict[str, Any]:
+        """{size, sha256} of the file, which is on the disk now. Raises OSError."""
+        try:
+            if self.error is not None:
+                raise self.error
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise
+        self._file.close()
+        return {"size": self.size, "sha256": self._digest.hexdigest()}
+
+
+def write_file(path: Path, write: Callable[[HashingFile], Any]) -> dict[str, Any]:
+    """Make a file by write(file); returns its {size, sha256}. Raises OSError."""
+    file = HashingFile(path)
+    try:
+        write(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
+    return file.close()
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it, each one's entry synced too. Raises OSError."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_folder(folder.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a folder's entries survive a power cut, where the file system can."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:  # Windows opens no folders
         return
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    staged = path.with_name(f"{STAGING}{path.name}{dist.node_suffix()}")
+def host_name() -> str:
+    return re.sub(r"[^\w.-]", "_", socket.gethostname())[:40]
+
+
+def process_name() -> str:
+    """A name that no two processes of the machines that share a disk have at once."""
+    return f"{host_name()}-{os.getpid()}"
+
+
+def staging_name(name: str) -> str:
+    """A name for what is not complete."""
+    return f"{STAGING}{name}@{process_name()}"
+
+
+def no_links(path: str, flags: int) -> int:
+    """An `opener` of open: a link that somebody planted where we write is refused, not followed."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def replace(staged: Path, path: Path) -> None:
+    """Rename over a file, also where the file system renames over none."""
     try:
-        staged.write_text(text, encoding="utf-8")
-        fsync(staged)
         os.replace(staged, path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.EPERM, errno.EACCES, errno.ENOTSUP) or not path.is_file():
+            raise
+        path.unlink()
+        os.rename(staged, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file in one step. Raises OSError."""
+    staged = path.with_name(staging_name(path.name))
+    try:
+        staged.unlink(missing_ok=True)
+        write_file(staged, lambda file: file.write(text.encode("utf-8")))
+        replace(staged, path)
     except OSError:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)
         raise
-    fsync(path.parent)
+    fsync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -68,12 +215,12 @@ def set_aside(path: Path) -> Path:
     raise UserError(f"{path}: too many copies set aside; delete some")
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def remove_tree(path: Path) -> None:
+    """Delete a folder of ours and what is in it; of a link only the link."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # ---- room on the disk ------------------------------------------------------------------------------------------
@@ -83,22 +230,25 @@ class NoRoom(UserError):
     exit_code = 1
 
 
-def need_room(path: Path, size: int, what: str) -> None:
-    """Raise NoRoom unless `size` bytes, and a little, fit on the disk of `path`."""
+def require_room(path: Path, size: int, what: str) -> None:
+    """Raise NoRoom unless `size` bytes, and a little, fit on the disk of `path`, as far as it tells."""
     folder = next(p for p in (path, *path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
-    if free < size + (1 << 16):
-        raise NoRoom(f"{what} needs {size / 1e6:,.1f} MB, but {folder} has {free / 1e6:,.1f} MB free; make room")
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < size + (1 << 16):  # some network disks tell of 0 blocks
+        raise NoRoom(f"{what} needs {size / 1e6:,.1f} MB, but {folder} has {usage.free / 1e6:,.1f} MB free; make room")
 
 
-def full_disk(error: Exception, path: Path, size: int) -> str:
-    """The words of an error in writing `size` bytes to `path`; torch hides a full disk behind words of its own."""
-    if isinstance(error, OSError) and error.errno not in FULL or isinstance(error, UserError):
+def explain(error: Exception, path: Path, size: int) -> str:
+    """The message of an error in writing `size` bytes to `path`; libraries hide a full disk behind sentences of their own."""
+    if isinstance(error, UserError):
         return str(error)
-    try:
-        need_room(path, size, "it")
-    except NoRoom as why:
-        return str(why)
+    if not isinstance(error, OSError) or error.errno in FULL:
+        try:
+            require_room(path, size, "it")
+        except NoRoom as why:
+            return str(why)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or path}: {error.strerror}"
     return " ".join(str(error).split())[:200]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from config import ConfigError, flat
 from runtime import dist
+from runtime.log import log
 
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # by a part of the GPU's name
 ROOMS = ("config", "runtime", "hub", "instruments")  # the folders of this project's code
@@ -21,6 +22,14 @@ def pick_device(wanted: str = "auto") -> torch.device:
              "cpu": True}
     kind = wanted if there.get(wanted) else next(k for k, is_there in there.items() if is_there)
     return torch.device(kind, dist.local_rank()) if kind == "cuda" else torch.device(kind)
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """What a run computes in: bf16 products are many times slower on a CPU."""
+    if device.type == "cpu" and wanted != "32-true":
+        log.info(f"precision {wanted} is slow on a CPU: training in 32-true")
+        return "32-true"
+    return wanted
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -40,3 +49,9 @@ def same_everywhere(options: dict[str, Any]) -> None:
             if theirs.get(key) != value:
                 how = "is other code" if key in code else f"is {theirs.get(key)!r}, {value!r} on rank 0"
                 raise ConfigError(f"{key}: {how} on rank {rank}; start all ranks with the same words and the same code")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, on a CPU or a GPU, is that there is no memory left."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error) \
+        or "not enough memory" in str(error)

@@ -1,4 +1,4 @@
-"""What a run records: the sums behind a log line, metrics.jsonl, the console log, the progress bar, exit.json.
+"""What a run records: metrics.jsonl, the console log, the progress bar, exit.json.
 
     runs/RUN_NAME/training_config.yaml   every option with its value
     runs/RUN_NAME/metrics.jsonl          one strict JSON object a logged step: the record of the run
@@ -11,56 +11,72 @@ Only rank 0 writes; on the other ranks every method does nothing.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import yaml
-from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, UserError, to_dict
-from runtime import dist, locks
+from config import CheckpointingConfig, MonitoringConfig, UserError
+from runtime import dist, files, locks
 from runtime.errors import Ending
-from runtime.files import finite, set_aside, write_json, write_text
-
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+from runtime.log import line_of, log, speaks, start_logging
 
 
-def run_folder(cfg: Config) -> Path:
-    """The folder of this run, agreed on by all ranks; without a run_name rank 0 names it by the time.
+def name_run(runs: Path, name: str | None) -> str:
+    """The run's name, agreed on by all ranks; without one rank 0 names it by the time, and by what no other start shares.
 
     A worker that torchrun restarts finds the run that its predecessor named: the same launcher started both.
     """
-    runs = Path(cfg.checkpointing.runs_dir)
-    name = cfg.checkpointing.run_name
     if name is None and dist.rank() == 0:
-        name = time.strftime("%Y-%m-%d_%H-%M-%S")
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
             marks = sorted(runs.glob("*/.launcher"), key=lambda path: path.stat().st_mtime)
-            name = next((m.parent.name for m in reversed(marks) if m.read_text() == _launcher()), name)
-    cfg.checkpointing.run_name = dist.broadcast_object(name)
-    return runs / cfg.checkpointing.run_name
+            name = next((m.parent.name for m in reversed(marks) if m.read_text() == _launcher()), None)
+        name = name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{files.process_name()}"
+    return dist.broadcast_object(name)
 
 
 def _launcher() -> str:
-    return f"{os.uname().nodename if hasattr(os, 'uname') else os.environ.get('COMPUTERNAME')}:{os.getppid()}"
+    return f"{files.host_name()}:{os.getppid()}"
+
+
+class LogFile(logging.Handler):
+    """Hands what is said to the run's log."""
+
+    def __init__(self, folder: RunFolder):
+        super().__init__()
+        self.folder = folder
+        self.addFilter(speaks)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.folder.append(self.folder.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line_of(record)}\n")
 
 
 class RunFolder:
     """Everything that a run writes besides checkpoints."""
 
-    def __init__(self, cfg: Config, path: Path):
-        self.cfg, self.path, self.writes = cfg, path, dist.rank() == 0
-        self.level = LEVELS.index(cfg.monitoring.logging.log_level)
+    def __init__(self, path: Path, checkpointing: CheckpointingConfig, monitoring: MonitoringConfig, resolved: dict[str, Any]):
+        self.path, self.checkpointing, self.monitoring, self.resolved = path, checkpointing, monitoring, resolved
+        self.writes, self.opened = dist.rank() == 0, False
         self.step: int | None = None  # updates made, once training has begun
         self._lock = locks.RunLock(path)
         self._wandb = self._bar = None
-        self._waiting: dict[Path, str] = {}  # lines that a full disk did not take
+        self._waiting: dict[Path, str] = {}  # lines that wait for the folder, or that a full disk did not take
+        start_logging(monitoring.logging.log_level)
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / self.checkpointing.logs_dir / "train.log"
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -68,9 +84,12 @@ class RunFolder:
 
         Raises ConfigError where another one does. Writes nothing before `open` into a folder that is not there.
         """
-        dist.on_rank0(lambda: self._lock.acquire() if self.path.is_dir() else None)
+        handler = LogFile(self)
+        if self.writes:
+            log.addHandler(handler)
         code, reason = 0, "finished"
         try:
+            self.lock()
             yield
         except BaseException as error:
             code = getattr(error, "exit_code", 1)
@@ -78,6 +97,11 @@ class RunFolder:
             raise
         finally:
             self._close(code, reason)
+            log.removeHandler(handler)
+
+    def lock(self) -> None:
+        """Nobody else may use the folder from here on, if it is there. Every rank must call it. Raises ConfigError."""
+        dist.on_rank0(lambda: self._lock.acquire() if self.path.is_dir() and not self._lock.held else None)
 
     def open(self) -> None:
         """Make the folder; what stands in it of an earlier process's end is not true any more."""
@@ -85,31 +109,31 @@ class RunFolder:
 
     def _open(self) -> None:
         try:
-            (self.path / self.cfg.checkpointing.logs_dir).mkdir(parents=True, exist_ok=True)
+            found = self._lock.held or not self.path.is_dir()
+            files.make_folders(self.path / self.checkpointing.logs_dir)
             if not self._lock.held:
                 self._lock.acquire()
+            if not found and (self.path / self.checkpointing.checkpoints_dir).exists():
+                raise UserError(f"checkpointing.run_name: another process has just made {self.path}; start again, or choose "
+                                "another run_name")
             (self.path / "exit.json").unlink(missing_ok=True)
-            (self.path / ".launcher").write_text(_launcher())
-            write_text(self.path / "training_config.yaml", yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
+            files.write_text(self.path / ".launcher", _launcher())
+            files.write_text(self.path / "training_config.yaml", yaml.safe_dump(self.resolved, sort_keys=False))
         except OSError as error:
             raise UserError(f"checkpointing.runs_dir: {self.path} cannot be written ({error.strerror})") from None
+        self.opened = True
 
-    def say(self, words: str, level: str = "INFO") -> None:
-        """Show a line on the console, above the progress bar, and keep it in the log."""
-        if self.writes and LEVELS.index(level) >= self.level:
-            line = words if level == "INFO" else f"{level.lower()}: {words}"
-            tqdm.write(line)
-            self._append(self.path / self.cfg.checkpointing.logs_dir / "train.log",
-                         f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-
-    def _append(self, path: Path, line: str) -> None:
+    def append(self, path: Path, line: str) -> None:
         """Add a line to a file; what a full disk does not take is kept, and added when there is room again."""
         lines = self._waiting.pop(path, "") + line
         if not lines:
             return
+        if not self.opened:
+            self._waiting[path] = lines
+            return
         size = path.stat().st_size if path.exists() else 0
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=files.no_links) as file:
                 file.write(lines)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -120,58 +144,79 @@ class RunFolder:
 
     # ---- metrics ---------------------------------------------------------------------------------------
 
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    def metrics_size(self) -> int:
-        """Bytes of metrics.jsonl so far: what a checkpoint keeps, so that a resume can drop what came after."""
-        self._append(self.metrics_path, "")  # what waits for room belongs to this step too
-        return self.metrics_path.stat().st_size if self.writes and self.metrics_path.exists() else 0
+    def sync_metrics(self) -> dict[str, Any]:
+        """What a checkpoint keeps of metrics.jsonl so far, once it is on the disk: {metrics_bytes, metrics_sha256}."""
+        self.append(self.metrics_path, "")  # what waits for room belongs to this step too
+        if not (self.writes and self.metrics_path.exists()):
+            return {"metrics_bytes": 0, "metrics_sha256": hashlib.sha256().hexdigest()}
+        with open(self.metrics_path, "r+b") as file:
+            text = file.read()
+            os.fsync(file.fileno())
+        return {"metrics_bytes": len(text), "metrics_sha256": hashlib.sha256(text).hexdigest()}
 
     def set_metrics_aside(self) -> None:
         """Keep the record of a run none of whose checkpoints can be used."""
         if self.writes and self.metrics_path.exists():
-            self.say(f"its record so far is kept as {set_aside(self.metrics_path).name}", "WARNING")
+            log.warning(f"the record so far of {self.path} is kept as {files.set_aside(self.metrics_path).name}")
 
-    def rewind_metrics(self, size: int) -> None:
-        """Drop the lines that were written after a checkpoint, half-written ones included."""
-        if self.writes and self.metrics_size() > size:
-            os.truncate(self.metrics_path, size)
+    def rewind_metrics(self, step: int, size: int, sha256: str | None = None) -> dict[str, Any]:
+        """Drop the lines that were written after the checkpoint of `step`, which counted `size` bytes; its own evaluation stays.
+
+        Where the record is not the one that was counted, it is kept aside, and what makes sense of it is taken over. Returns
+        the evaluation's line, or {}. Only rank 0 has it.
+        """
+        if not self.writes:
+            return {}
+        text = self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
+        counted, after = text[:size], _objects(text[size:])
+        if len(counted) < size or sha256 not in (None, hashlib.sha256(counted).hexdigest()):
+            aside = files.set_aside(self.metrics_path).name if text else "nothing"
+            kept = {json.dumps(line): line for line in _objects(text) if line["step"] <= step}
+            counted = "".join(f"{line}\n" for line in kept).encode()
+            log.warning(f"{self.metrics_path}: is not what the checkpoint of step {step} counted on (a disk that lost it?); kept as "
+                        f"{aside}, and {len(kept)} of its lines taken over: the record before step {step} may have gaps")
+        evaluation = next((line for line in after if line["step"] == step and any(k.startswith("eval/") for k in line)), {})
+        lines = json.dumps(evaluation) + "\n" if evaluation else ""
+        if counted + lines.encode() != text:
+            files.write_text(self.metrics_path, counted.decode() + lines)
+        return evaluation
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, and mirror it to W&B if that is on."""
         if not self.writes:
             return
-        self._append(self.metrics_path, json.dumps(finite(metrics), allow_nan=False) + "\n")
+        self.append(self.metrics_path, json.dumps(files.finite(metrics), allow_nan=False) + "\n")
         if self._wandb is not None:
             try:
                 self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
             except Exception as error:  # a mirror must never stop a run
-                self.say(f"W&B stopped taking metrics ({error}); metrics.jsonl goes on", "WARNING")
+                log.warning(f"W&B stopped taking metrics ({error}); metrics.jsonl goes on")
                 self._wandb = None
 
     def save_evaluation(self, step: int, results: dict[str, Any]) -> None:
         if self.writes:
-            path = self.path / self.cfg.checkpointing.evaluation.eval_results_dir / f"step_{step}.json"
+            path = self.path / self.checkpointing.evaluation.eval_results_dir / f"step_{step}.json"
             try:
-                path.parent.mkdir(exist_ok=True)
-                write_json(path, results)
+                files.make_folders(path.parent)
+                files.write_json(path, results)
             except OSError as error:
-                self.say(f"{path} cannot be written ({error.strerror}); its numbers are in metrics.jsonl", "WARNING")
+                log.warning(f"{path} cannot be written ({error.strerror}); its numbers are in metrics.jsonl")
 
     def start_wandb(self) -> None:
-        if not (self.writes and self.cfg.monitoring.save_to_wandb):
+        """Mirror to W&B: a run of the folder's own id there, which is kept in it; nothing is ever asked at the terminal."""
+        if not (self.writes and self.monitoring.save_to_wandb):
             return
         try:
             import wandb
-            options = self.cfg.monitoring.wandb
-            self._wandb = wandb.init(project=options.project or None, entity=options.entity or None,
-                                     name=self.path.name, id=self.path.name, resume="allow",
-                                     dir=str(self.path), config=to_dict(self.cfg))
+            marker, options = self.path / ".wandb_id", self.monitoring.wandb
+            if not marker.exists():
+                files.write_text(marker, wandb.util.generate_id())
+            if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or wandb.api.api_key):
+                raise RuntimeError("not logged in: run `wandb login`, or set WANDB_API_KEY")
+            self._wandb = wandb.init(project=options.project or None, entity=options.entity or None, name=self.path.name,
+                                     id=marker.read_text().strip(), resume="allow", dir=str(self.path), config=self.resolved)
         except Exception as error:  # not installed, not logged in, no network: go on without
-            self.say(f"monitoring.save_to_wandb: W&B is not available ({error}); metrics.jsonl is written as always",
-                     "WARNING")
+            log.warning(f"monitoring.save_to_wandb: W&B is not available ({error}); metrics.jsonl is written as always")
 
     # ---- progress and the end ------------------------------------------------------------------------------
 
@@ -192,71 +237,25 @@ class RunFolder:
         if not self._lock.held:
             return
         for path in list(self._waiting):
-            self._append(path, "")
+            self.append(path, "")
         try:
-            write_json(self.path / "exit.json", {"code": code, "reason": reason, "step": self.step})
+            files.write_json(self.path / "exit.json", {"code": code, "reason": reason, "step": self.step})
         except OSError as error:
-            self.say(f"exit.json cannot be written ({error.strerror})", "WARNING")
+            log.warning(f"exit.json cannot be written ({error.strerror})")
         self._lock.release()
         if self._wandb is not None:
             try:
                 self._wandb.finish(exit_code=code)
             except Exception as error:
-                self.say(f"W&B did not finish ({error})", "WARNING")
+                log.warning(f"W&B did not finish ({error})")
 
 
-# ---- sums behind a log line ------------------------------------------------------------------------------------
-
-class Window(NamedTuple):
-    """The updates since the last log line."""
-    steps: int
-    seconds: float  # of training: evaluation, merges and saves are left out
-    loss: float | None  # mean over the updates that were not skipped; None if all were
-    grad_norm: float  # of the latest update, before clipping
-    bad_steps: float  # updates skipped since the run began
-    worst_in_a_row: float  # most updates skipped in a row, in this window
-
-
-class Progress:
-    """Sums since the last log line. They live on the device, so that no update waits to read them."""
-    NAMES = ("loss_sum", "good_steps", "bad_steps", "bad_in_a_row", "worst_in_a_row", "grad_norm")
-
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(len(self.NAMES), device=device)
-        self.reset_count = 0  # merges so far
-        self.merged_at: int | None = None  # the step of the latest merge
-        self._start, self._first_step = time.perf_counter(), 0
-
-    def add(self, loss: Tensor, grad_norm: Tensor, bad: Tensor) -> None:
-        """One update: its mean loss and gradient norm, and whether (1.) or not (0.) it was skipped."""
-        loss_sum, good, total, row, worst, _ = self.sums.unbind()
-        row = (row + 1) * bad
-        self.sums = torch.stack([loss_sum + torch.where(bad > 0, 0.0, loss), good + 1 - bad, total + bad, row,
-                                 torch.maximum(worst, row), grad_norm])
-
-    def start_window(self, step: int) -> None:
-        self._start, self._first_step = time.perf_counter(), step
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count as training."""
-        begun = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - begun
-
-    def read(self, step: int) -> Window:
-        """The window that ends at `step`; a new one begins."""
-        sums = dict(zip(self.NAMES, self.sums.tolist()))
-        window = Window(step - self._first_step, time.perf_counter() - self._start,
-                        sums["loss_sum"] / sums["good_steps"] if sums["good_steps"] else None,
-                        sums["grad_norm"], sums["bad_steps"], sums["worst_in_a_row"])
-        self.sums = torch.tensor([0, 0, sums["bad_steps"], sums["bad_in_a_row"], 0, 0], device=self.sums.device)
-        self.start_window(step)
-        return window
-
-    def state(self) -> dict[str, Any]:
-        return {"sums": self.sums.tolist(), "reset_count": self.reset_count, "merged_at": self.merged_at}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.sums = torch.tensor(state["sums"], device=self.sums.device)
-        self.reset_count, self.merged_at = state["reset_count"], state.get("merged_at")
+def _objects(text: bytes) -> list[dict[str, Any]]:
+    """The JSON objects with a step that stand in lines of a record, whatever else does."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict) and type(value.get("step")) is int:
+                found.append(value)
+    return found

@@ -1,36 +1,34 @@
-"""How a model is wrapped for training: compiled, under DDP or FSDP2, or bare; and what optimizes it.
+"""How a model is wrapped for training: compiled, under DDP or FSDP2, or bare. The only place that knows which of them it is.
 
-The only place that knows which of them it is. train.py keeps the bare model for saving, and trains through `parallelize`'s.
+train.py keeps the bare model for saving, and trains through `parallelize`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Config
-from model import PicoDecoder
+from config import TrainingConfig
 from runtime import dist
 
 
-def parallelize(model: PicoDecoder, cfg: Config, device: torch.device) -> nn.Module:
-    """What to train through: the model itself, DDP around it, or FSDP2 in it; blocks compiled where asked.
+def parallelize(model: nn.Module, blocks: Iterable[nn.Module], cfg: TrainingConfig, device: torch.device) -> nn.Module:
+    """What to train through: the model itself, DDP around it, or FSDP2 in it; `blocks`, its layers, compiled where asked.
 
-    FSDP2 shards each block as a group; embedding, norm and head stay with the root, whose forward needs the whole
-    head weight for the chunked loss.
+    FSDP2 shards each block as a group; the rest stays with the root, whose forward needs the whole head weight for the
+    chunked loss.
     """
-    compiled = cfg.training.compile if cfg.training.compile is not None else device.type == "cuda"
-    if compiled:
-        for layer in model.layers:
-            layer.compile()
+    if cfg.compile if cfg.compile is not None else device.type == "cuda":
+        for block in blocks:
+            block.compile()
     if dist.world_size() == 1:
         return model
-    if cfg.training.strategy != "fsdp":
+    if cfg.strategy != "fsdp":
         # the buffers are tables of positions; torch >= 2.13 calls this option forward_sync_buffers, and warns
         parameters = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
@@ -39,8 +37,8 @@ def parallelize(model: PicoDecoder, cfg: Config, device: torch.device) -> nn.Mod
     from torch.distributed.device_mesh import init_device_mesh  # here, for what does not shard starts sooner without
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(device.type, (dist.world_size(),))
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -64,7 +62,7 @@ def gradient_sync(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextM
     return contextlib.nullcontext()
 
 
-def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
+def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
     """Inside, compiled blocks run as they are written: rows of another length would have them compiled again, for any."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
@@ -77,7 +75,7 @@ def eval_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.autocast(device.type, enabled=False), uncompiled(model):
+        with torch.autocast(device.type, enabled=False), _uncompiled(model):
             yield
     finally:
         model.train(was_training)
@@ -88,27 +86,3 @@ def reshard(model: nn.Module) -> None:
     """After a forward outside of training FSDP2's root stays whole; touch no parameters before this."""
     if _has_fsdp(model):
         model.reshard()
-
-
-def make_optimizers(model: nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
-    """The optimizers of the trainable parameters; Muon takes the blocks' matrices and leaves the rest to AdamW."""
-    o = cfg.training.optimization
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trainable if o.optimizer == "muon" and p.dim() == 2 and name.startswith("layers.")]
-    rest = [p for _, p in trainable if not any(p is m for m in matrices)]
-    # the fused ones read on the device whether to skip: MPS's do not, and SGD's knows no sharded tensors (torch 2.13)
-    sharded = any(map(dist.is_sharded, rest))
-    common = {"lr": o.lr, "weight_decay": o.weight_decay,
-              "fused": rest[0].device.type != "mps" and not (sharded and o.optimizer == "sgd")}
-    if o.optimizer == "sgd":
-        sgd = torch.optim.SGD(rest, momentum=o.momentum, **common)
-        if o.momentum:  # torch makes them, uninitialised, in the first update, which may be one that is skipped
-            for p in rest:
-                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return [sgd]
-    adam = torch.optim.Adam if o.optimizer == "adam" else torch.optim.AdamW
-    optimizers: list[torch.optim.Optimizer] = [adam(rest, betas=tuple(o.betas), **common)]
-    if matrices:  # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon(matrices, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum,
-                                           adjust_lr_fn="match_rms_adamw"))
-    return optimizers

@@ -1,7 +1,10 @@
 """Checkpoints: whole or not there, verified, pruned without harm, and the same state back bit for bit."""
 
 import hashlib
+import io
 import json
+import os
+import re
 import shutil
 import threading
 
@@ -11,11 +14,12 @@ import torch
 
 import checkpoint
 import lab
-from checkpoint import CheckpointError, Saver, Writer, find_resumable, publish, torch_writer, verify
+from checkpoint import CheckpointError, Saver, Writer, extend, find_resumable, holds, publish, torch_writer, verify
 from config import CheckpointingConfig, config_from_dict
 from model import PicoDecoder
+from optim import make_optimizers
 from relora import apply_relora
-from runtime.wrap import make_optimizers
+from runtime.files import Unreadable, write_file
 
 STATE = "training_state/checkpoint.pt"
 MANIFEST = "manifest.json"
@@ -25,12 +29,12 @@ CFG = CheckpointingConfig()
 def files(number):
     """What a checkpoint holds, in small: each file's bytes depend on `number`."""
     return {STATE: torch_writer({"step": number, "model": {"w": torch.full((64,), float(number))}, "config": {}}),
-            "config.json": Writer(lambda path: path.write_text(json.dumps({"n": number}))),
+            "config.json": Writer(lambda file: file.write(json.dumps({"n": number}).encode())),
             "learning_dynamics/train_weights.pt": torch_writer({"layers.0": torch.arange(number + 50)})}
 
 
 def saver(run, **options):
-    return Saver(CheckpointingConfig(**options), run, print)
+    return Saver(CheckpointingConfig(**options), run)
 
 
 @pytest.fixture
@@ -65,9 +69,9 @@ def test_a_manifest_lists_every_file_as_it_is(steps):
 def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     seen = []
 
-    def late(path):
+    def late(file):
         seen.append(sorted(p.name for p in tmp_path.glob("step_*")))
-        path.write_text("late")
+        file.write(b"late")
 
     publish(tmp_path / "step_1", {**files(1), "late.txt": Writer(late)})
     assert seen == [[]]
@@ -77,8 +81,8 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path):
 @pytest.mark.parametrize("error, told", [(OSError(28, "No space left on device"), CheckpointError),
                                          (ValueError("bad"), ValueError), (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_a_write_that_fails_leaves_the_older_ones_as_they_are(steps, error, told):
-    def fail(path):
-        path.write_bytes(b"half")
+    def fail(file):
+        file.write(b"half")
         raise error
 
     before = {name: data for name, data in bytes_below(steps).items()}
@@ -106,6 +110,75 @@ def test_a_checkpoint_that_only_missed_its_renaming_is_completed(steps):
     (steps / ".staging-step_11/config.json").write_text("half")
     assert found_in(steps) == (steps / "step_10", [])
     assert list(steps.glob(".staging*")) == []
+
+
+def test_files_are_added_to_a_checkpoint_which_stays_what_it_was_until_they_are_there(steps):
+    before = bytes_below(steps / "step_10")
+
+    def fails(file):
+        raise OSError(5, "Input/output error")
+    with pytest.raises(CheckpointError, match="step_10 cannot be added to: .*Input/output error"):
+        extend(steps / "step_10", {"learning_dynamics/more.pt": torch_writer({"x": torch.zeros(3)}), "fails": Writer(fails)})
+    verify(steps / "step_10")
+    assert {name: data for name, data in bytes_below(steps / "step_10").items() if name in before} == before
+    extend(steps / "step_10", {"learning_dynamics/more.pt": torch_writer({"x": torch.ones(3)})})
+    assert verify(steps / "step_10").keys() == before.keys() - {MANIFEST} | {"learning_dynamics/more.pt"}
+    assert torch.load(steps / "step_10/learning_dynamics/more.pt")["x"].tolist() == [1, 1, 1]
+    assert list(steps.rglob(".staging*")) == [] and holds(steps / "step_10", "learning_dynamics")
+
+
+def test_a_planted_link_is_not_written_through(tmp_path):
+    (tmp_path / "theirs").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "link", lambda file: file.write(b"ours"))
+    assert (tmp_path / "theirs").read_text() == "precious"
+
+
+def test_what_is_hashed_is_what_was_handed_over_and_files_are_for_all_to_read(tmp_path):
+    entry = write_file(tmp_path / "new", lambda file: [file.write(b"ab"), file.write(memoryview(b"cd"))])
+    assert entry == {"size": 4, "sha256": hashlib.sha256(b"abcd").hexdigest()} and (tmp_path / "new").read_bytes() == b"abcd"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+# ---- disks that fail while they are read -----------------------------------------------------------------------
+
+@pytest.fixture
+def bad_disk(monkeypatch):
+    """bad_disk(path, times): so many openings of this file fail with an I/O error."""
+    left = {}
+
+    def opened(path, *args, real=io.open, **options):
+        if left.get(str(path), 0) > 0:
+            left[str(path)] -= 1
+            raise OSError(5, "Input/output error", str(path))
+        return real(path, *args, **options)
+    monkeypatch.setattr("builtins.open", opened)
+    monkeypatch.setattr("io.open", opened)
+    monkeypatch.setattr("runtime.files.PAUSES", (0.01, 0.01))
+    return lambda path, times: left.update({str(path): times})
+
+
+@pytest.mark.parametrize("name", [MANIFEST, STATE])
+def test_an_error_that_passes_is_tried_again(steps, bad_disk, name):
+    bad_disk(steps / "step_10" / name, 2)
+    assert found_in(steps) == (steps / "step_10", [])
+
+
+@pytest.mark.parametrize("name", [MANIFEST, STATE])
+def test_what_the_disk_does_not_give_is_never_taken_for_damage(steps, bad_disk, name):
+    before = bytes_below(steps)
+    bad_disk(steps / "step_10" / name, 99)
+    found, complaints = found_in(steps)
+    assert found == steps / "step_9" and len(complaints) == 1 and f"step_10/{name}: cannot be read (Input/output error)" in complaints[0]
+    for number in (9, 0):
+        bad_disk(steps / f"step_{number}" / name, 99)
+    with pytest.raises(Unreadable, match=f"step_10/{name}: cannot be read"):
+        found_in(steps)
+    bad_disk(steps / "step_10" / name, 0), bad_disk(steps / "step_9" / name, 0), bad_disk(steps / "step_0" / name, 0)
+    assert {n: d for n, d in bytes_below(steps).items() if n != "latest"} == {n: d for n, d in before.items() if n != "latest"}
 
 
 # ---- finding -------------------------------------------------------------------------------------------------
@@ -196,13 +269,13 @@ def test_pruning_passes_over_a_damaged_folder(tmp_path):
 # ---- the saver's thread --------------------------------------------------------------------------------------
 
 def test_an_error_in_the_thread_is_kept_until_the_next_write(tmp_path):
-    def fail(path):
+    def fail(file):
         raise OSError(5, "Input/output error")
 
     keeper = saver(tmp_path)
     keeper.save(0, {"fails": Writer(fail)})
     keeper.wait()
-    assert "step_0 cannot be written: [Errno 5] Input/output error" in str(keeper.error)
+    assert re.search("step_0 cannot be written: .*Input/output error", str(keeper.error))
     keeper.save(5, files(5))
     keeper.wait()
     assert keeper.error is None
@@ -218,7 +291,7 @@ def trained(dataset, optimizer, seed, updates):
     torch.manual_seed(seed)
     model = PicoDecoder(cfg.model)
     apply_relora(model, cfg.model.relora, seed)
-    optimizers = make_optimizers(model, cfg)
+    optimizers = make_optimizers(model, cfg.training.optimization)
     for _ in range(updates):
         update(model, optimizers)
     return model, optimizers
@@ -260,7 +333,7 @@ def test_what_is_on_disk_is_as_of_the_save_however_training_goes_on(dataset, tmp
     before = [tensor.clone() for tensor in all_tensors(model, optimizers)]
     go, keeper = threading.Event(), saver(tmp_path)
     state = checkpoint.gather_state(model, optimizers)
-    keeper.save(2, {"waits": Writer(lambda path: path.write_text(str(go.wait(20)))), STATE: torch_writer(state)})
+    keeper.save(2, {"waits": Writer(lambda file: file.write(str(go.wait(20)).encode())), STATE: torch_writer(state)})
     update(model, optimizers)
     assert not same(before, all_tensors(model, optimizers))
     go.set()

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -108,7 +110,7 @@ def test_overrides_create_sections_win_over_the_file_and_leave_it_as_it_was():
     tree = {"training": {"max_steps": 5, "optimization": {"lr": 1.0}}}
     before = copy.deepcopy(tree)
     cfg = config_from_dict(tree, ["model.relora.target_modules=[swiglu]", "model.relora.reset_frequency=9",
-                                  "training.optimization.lr=2", "training.optimization.lr=3"])
+                                  "training.optimization.lr=3"])
     assert cfg.model.relora.target_modules == ["swiglu"] and cfg.model.relora.reset_frequency == 9
     assert cfg.training.optimization.lr == 3 and cfg.training.max_steps == 5
     assert tree == before
@@ -116,6 +118,42 @@ def test_overrides_create_sections_win_over_the_file_and_leave_it_as_it_was():
 
 def test_an_override_nulls_a_section():
     assert config_from_dict({"model": {"relora": RELORA}}, ["model.relora=null"]).model.relora is None
+
+
+def test_an_override_given_twice_is_refused_unless_it_says_the_same():
+    assert "training.seed: is given twice, as '1' and as '2'" in refusal("training.seed=1", "training.seed=2")
+    assert config_from_dict({}, ["training.seed=1", "training.seed=1"]).training.seed == 1
+
+
+@pytest.mark.parametrize("name", ["2026-11-25", "2026-13-45", "1_1_1", "1e5", "on", "off", "12.30", "0x1F", "exp #2", "5", "~x", "no"])
+def test_a_name_is_a_name_whatever_yaml_takes_it_for(tmp_path, name):
+    assert config_from_dict({}, [f"checkpointing.run_name={name}"]).checkpointing.run_name == name
+    path = tmp_path / "config.yaml"
+    path.write_text(f"checkpointing:\n  run_name: {name}\n")  # in a file, a # begins a comment
+    assert load_config(path).checkpointing.run_name == name.partition(" #")[0]
+
+
+@pytest.mark.parametrize("text, key", [
+    ("training: {seed: 1}\nmodel: {n_layers: 2}\ntraining: {max_steps: 5}", "'training' is written twice, on lines 1 and 3"),
+    ("model:\n  n_layers: 2\n  d_model: 96\n  n_layers: 2", "'n_layers' is written twice, on lines 2 and 4"),
+    ("evaluation: {paloma: {batch_size: 1, batch_size: 2}}", "'batch_size' is written twice")])
+def test_a_key_written_twice_is_refused_with_its_lines(tmp_path, text, key):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        load_config(path)
+
+
+def test_a_strangers_yaml_is_refused_at_once_and_in_a_short_line(tmp_path):
+    lists = ["a: &a [0,0,0,0,0,0,0,0,0]"] + [f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi")]
+    for text in ("\n".join(lists), "training:\n  max_steps: &a [" + lists[0][4:] + "]\n  seed: *a",
+                 "\n".join([*lists, "training: {seed: *i}"]), "training: {seed: 0x" + "f" * 6000 + "}"):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        begun = time.perf_counter()
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert len(str(caught.value)) < 500 and time.perf_counter() - begun < 1
 
 
 @pytest.mark.parametrize("word", ["training.max_steps", "=3", "", "training.max_steps=["])
@@ -146,7 +184,7 @@ def test_a_strange_key_is_refused_in_one_line(key):
     "training.optimization.lr=false", "training.optimization.betas=0.9", "training.optimization.betas=[a, b]",
     "training.optimization.optimizer=adamv", "training.optimization.optimizer=[adamw]", "evaluation.metrics=paloma",
     "evaluation.metrics=[paloma, glue]", "monitoring.save_to_wandb=1", "monitoring.save_to_wandb='true'",
-    "checkpointing.runs_dir=5", "checkpointing.runs_dir=null", "model.relora.target_modules=attention",
+    "checkpointing.runs_dir=[5]", "checkpointing.runs_dir=null", "model.relora.target_modules=attention",
     "training.optimization=fast", "model.relora=true", "data=[1]"])
 def test_a_wrong_type_is_refused_naming_the_key(word):
     tree = {"model": {"relora": RELORA}}

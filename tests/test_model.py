@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from config import ConfigError, ModelConfig, ReLoRAConfig
 from model import KVCache, PicoDecoder, sample
 from relora import apply_relora
-from runtime import kernels
+from runtime import cpu_kernels, kernels
 
 GQA = ModelConfig(d_model=32, n_layers=2, vocab_size=97, max_seq_len=128, attention_n_heads=4, attention_n_kv_heads=2,
                   activation_hidden_dim=48)  # head_dim 8
@@ -26,7 +26,7 @@ SHAPES = {"gqa": (32, 4, 2), "mha": (32, 4, 4), "one_kv_head": (48, 6, 1), "wide
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels, "CPU_CHUNK", 4 * 97 * 512)  # 512 tokens of the loss at once
-    monkeypatch.setattr(kernels, "SCORES", 1 << 16)
+    monkeypatch.setattr(cpu_kernels, "SCORES", 1 << 16)
 
 
 def shaped(name):

@@ -9,20 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from config import Config, ConfigError, ModelConfig, ReLoRAConfig, config_from_dict
+from config import ConfigError, ModelConfig, ReLoRAConfig, config_from_dict
+from hub.llama import plain_state
+from instruments import faults
 from model import PicoDecoder
-from relora import (
-    ReLoRALinear,
-    apply_relora,
-    learning_rate_multiplier,
-    merge_and_reinit,
-    merge_due,
-    merged_state,
-    relora_layers,
-    reset_optimizer,
-    undo_reset,
-)
-from runtime.wrap import make_optimizers
+from optim import make_optimizers
+from relora import ReLoRALinear, apply_relora, merge_and_reinit, merge_due, relora_layers, reset_optimizer
 
 LR = 1e-2
 TARGETS = [f"{a}.{b}" for a, names in (("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -40,8 +32,8 @@ def make(optimizer="adamw", **relora):
         "training": {"optimization": {"optimizer": optimizer, "lr": LR}}})
     torch.manual_seed(0)
     model = PicoDecoder(cfg.model)
-    apply_relora(model, cfg.model.relora, seed=42)
-    return SimpleNamespace(cfg=cfg, model=model, optimizers=make_optimizers(model, cfg), ids=torch.randint(64, (8, 16)))
+    apply_relora(model, cfg.model.relora, 42, faults.layer_type(cfg.model.relora))
+    return SimpleNamespace(cfg=cfg, model=model, optimizers=make_optimizers(model, cfg.training.optimization), ids=torch.randint(64, (8, 16)))
 
 
 def update(lab, n=1):
@@ -232,10 +224,10 @@ def test_lora_only_has_nothing_to_merge_into():
 
 @pytest.mark.parametrize("changes", [{}, {"trainable_scaling": True}, {"lora_only": True, "lora_alpha": 1},
                                      {"keep_original_weights": False}])
-def test_the_merged_state_is_the_effective_weight(changes):
+def test_the_plain_state_has_the_effective_weights(changes):
     lab = trained(**changes)
     state = lab.model.state_dict()
-    plain = merged_state(state, lab.cfg.model.relora)
+    plain = plain_state(state, lab.cfg.model)
     whole = PicoDecoder(lab.cfg.model)
     whole.load_state_dict(plain)  # strict: the names of a plain decoder
     assert (whole(lab.ids) - logits(lab)).abs().max() < 1e-4
@@ -269,74 +261,6 @@ def test_only_adapters_and_untargeted_parameters_change_between_merges():
         same = {n for n, value in values(lab).items() if torch.equal(value, before[n])}
         assert same == {f"layers.{i}.{n}.weight" for i in range(2) for n in TARGETS[:4]}
         merge(lab), reset(lab)
-
-
-# ---- the reference's faults, each by name --------------------------------------------------------------------
-
-@pytest.mark.parametrize("faults", [[], ["dead_adapters"]])
-def test_dead_adapters(faults):
-    lab = make(reference_faults=faults, trainable_scaling=True)
-    for _ in range(3):
-        gradients = update(lab)
-    alive = {name for name, g in gradients.items() if is_adapter(name) and g.any()}
-    assert (len(alive) == 0) if faults else (len(alive) == 3 * 14)
-    merge(lab)  # the first reset wakes them
-    assert all(g.any() for name, g in update(lab).items() if name.endswith("lora_B"))
-
-
-@pytest.mark.parametrize("fault", ["unscaled_merge", "undone_reset"])
-@pytest.mark.parametrize("scaling", [False, True])
-def test_faulty_merges_change_the_logits(fault, scaling):
-    lab = trained(reference_faults=[fault], trainable_scaling=scaling)
-    old, before = values(lab), logits(lab)
-    merge(lab)
-    if fault == "undone_reset":
-        torch.testing.assert_close(logits(lab), before, rtol=1e-4, atol=1e-5)  # as long as the fresh copies are there
-        undo_reset(lab.model)
-    assert (logits(lab) - before).abs().max() > 0.01 * before.abs().max()
-    for name in relora_layers(lab.model):
-        A, B = (old[f"{name}.lora_{x}"].double() for x in "AB")
-        scale = math.tanh(old[f"{name}.scaling"]) if scaling else 3
-        added = B @ A * (1 if fault == "unscaled_merge" else scale)
-        now = {n: p.detach() for n, p in lab.model.get_submodule(name).named_parameters()}
-        torch.testing.assert_close(now["weight"].double(), old[f"{name}.weight"].double() + added, rtol=1e-5, atol=1e-6)
-        assert torch.equal(now["lora_A"], old[f"{name}.lora_A"]) == (fault == "undone_reset")
-        assert torch.equal(now["lora_B"], old[f"{name}.lora_B"]) == (fault == "undone_reset")
-
-
-def test_an_undone_reset_applies_the_gradient_of_fresh_factors_to_the_old_ones():
-    """B wakes up at the update after the first merge, A at the one after that: as in the published runs."""
-    lab = make(reference_faults=["dead_adapters", "undone_reset", "unscaled_merge", "late_merge", "kept_adam_step"])
-    update(lab, 2)
-    merge(lab)
-    fresh = values(lab)
-    lab.model(lab.ids[:, :-1], lab.ids[:, 1:]).backward()
-    undo_reset(lab.model)
-    for name, p in lab.model.named_parameters():
-        if name.endswith("lora_B"):
-            assert p.grad.any() and not p.any()
-        if name.endswith("lora_A"):
-            assert fresh[name].any() and not p.any() and not p.grad.any()
-    for optimizer in lab.optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    now = values(lab)
-    assert all(now[name].any() == name.endswith("lora_B") for name in now if is_adapter(name))
-    gradients = update(lab)
-    assert all(g.any() for name, g in gradients.items() if name.endswith("lora_A"))
-
-
-@pytest.mark.parametrize("faults, size", [([], LR), (["kept_adam_step"], LR * 0.1 / 0.001 ** 0.5)])
-def test_a_kept_adam_step_makes_the_first_update_three_times_too_large(faults, size):
-    lab = trained(optimizer="adam", reference_faults=faults, optimizer_reset={"mode": "zero"})
-    for p, state in lab.optimizers[0].state.items():
-        state["step"].fill_(100_000)  # late in a run, where bias correction has faded
-    merge(lab), reset(lab)
-    gradients = update(lab)
-    for name, B in values(lab).items():
-        if name.endswith("lora_B"):
-            moved = B.abs()[gradients[name].abs() > 1e-4]  # far above eps
-            assert len(moved) and (moved - size).abs().max() < 0.01 * size
 
 
 # ---- the optimizer's reset -----------------------------------------------------------------------------------
@@ -384,7 +308,7 @@ def test_after_a_full_reset_the_next_update_is_a_fresh_optimizers(optimizer):
     lab = trained(optimizer=optimizer, optimizer_reset={"mode": "zero"})
     merge(lab), reset(lab)
     fresh = copy.deepcopy(lab)
-    fresh.optimizers = make_optimizers(fresh.model, fresh.cfg)
+    fresh.optimizers = make_optimizers(fresh.model, fresh.cfg.training.optimization)
     update(lab), update(fresh)
     expected = values(fresh)
     for name, value in values(lab).items():
@@ -404,62 +328,20 @@ def test_updates_after_a_reset_stay_bounded(mode, optimizer):
             assert max((p - before[n]).abs().max() for n, p in values(lab).items()) < 5 * LR
 
 
-# ---- when, and how fast --------------------------------------------------------------------------------------
+def test_state_that_a_reset_cannot_prune_is_refused_and_named():
+    """As that of a factored optimizer, of which `random` would prune nothing."""
+    lab = trained(optimizer_reset={"mode": "random"})
+    for state in lab.optimizers[0].state.values():
+        state["row_var"] = torch.ones(3)
+    with pytest.raises(ConfigError, match=r"'row_var' of layers.0.attention.q_proj.lora_A has the shape \(3,\)"):
+        reset(lab)
 
-def schedule(W=0, T=1000, R=0, F=100, m=0.1, kind="relora_jagged_cosine", **relora):
-    cfg = Config()
-    cfg.model.relora = ReLoRAConfig(["x"], F, **relora)
-    o = cfg.training.optimization
-    cfg.training.max_steps, o.lr_scheduler, o.lr_warmup_steps, o.restart_warmup_steps, o.min_lr_ratio = T, kind, W, R, m
-    return cfg
 
+# ---- when ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("F, W, warm, lora_only, late", list(itertools.product(
-    (1, 3, 5), (0, 4, 5, 7), (0, 5, 6), (False, True), (False, True))))
-def test_merges_are_due_as_designed(F, W, warm, lora_only, late):
-    cfg = schedule(W, 40, F=F, warm_start_steps=warm, lora_only=lora_only,
-                   reference_faults=["late_merge"] if late else [])
+@pytest.mark.parametrize("F, W, warm, lora_only", list(itertools.product((1, 3, 5), (0, 4, 5, 7), (0, 5, 6), (False, True))))
+def test_merges_are_due_as_designed(F, W, warm, lora_only):
+    relora = ReLoRAConfig(["x"], F, warm_start_steps=warm, lora_only=lora_only)
     due = {k * F for k in range(1, 41) if k * F >= W and k * F > warm and not lora_only}
-    assert [t for t in range(40) if merge_due(t, cfg)] == [t for t in range(40) if t - late in due]
-    assert not any(merge_due(t, Config()) for t in range(40))  # without ReLoRA
-
-
-RUNS = [(100, 20, 200, 0.1), (0, 10, 150, 0.1), (200, 50, 200, 0.05), (7, 1, 13, 1.0), (250, 40, 100, 0.3),
-        (1000, 20, 200, 0.1), (1500, 20, 200, 0.1), (30, 200, 200, 0.1), (30, 350, 200, 0.1), (999, 5, 333, 0.1)]
-
-
-@pytest.mark.parametrize("W, R, F, m", RUNS)  # warm-up, restart warm-up, reset frequency, floor
-def test_every_step_of_every_schedule_is_the_published_formula(W, R, F, m):
-    T = 1000
-
-    def c(p):
-        return m + (1 - m) * 0.5 * (1 + math.cos(math.pi * p))
-
-    def p(t):
-        return (t - W) / max(1, T - W)
-
-    for t in range(T + 1):
-        k, u = divmod(t, F)
-        after = {"linear_with_warmup": max(0, (T - t) / max(1, T - W)), "cosine_with_warmup": c(p(t)),
-                 "constant_with_warmup": 1,
-                 "relora_jagged_cosine": u / max(1, R) * c(p(k * F + R)) if t >= F and u < R else c(p(t))}
-        for kind, expected in after.items():
-            got = learning_rate_multiplier(t, schedule(W, T, R, F, m, kind))
-            assert got == pytest.approx(t / max(1, W) if t < W else expected, abs=1e-12), (kind, t)
-
-
-@pytest.mark.parametrize("kind, t, expected", [
-    *((kind, t, t / 100) for kind in ("linear_with_warmup", "relora_jagged_cosine") for t in (0, 1, 50, 99, 100)),
-    ("linear_with_warmup", 600, 0.5), ("linear_with_warmup", 1100, 0.0), ("linear_with_warmup", 1200, 0.0),
-    *(("relora_jagged_cosine", t, expected) for t, expected in (
-        (599, 0.5514137), (600, 0), (610, 0.2608721), (619, 0.4956571), (620, 0.5217443))),  # c(.499), 0 ... c(.52)
-    ("cosine_with_warmup", 600, 0.55), ("cosine_with_warmup", 1100, 0.1), ("constant_with_warmup", 1099, 1.0)])
-def test_values_at_the_boundaries(kind, t, expected):
-    assert learning_rate_multiplier(t, schedule(100, 1100, 20, 200, 0.1, kind)) == pytest.approx(expected, abs=1e-7)
-
-
-@pytest.mark.parametrize("W, R, F, m", RUNS)
-def test_the_jagged_schedule_is_zero_exactly_at_the_start_and_at_merges(W, R, F, m):
-    cfg = schedule(W, 1000, R, F, m)
-    zero = {t for t in range(1000) if learning_rate_multiplier(t, cfg) == 0}
-    assert zero - {0} == {t for t in range(1000) if merge_due(t, cfg)} and (0 in zero) == (W > 0)
+    assert [t for t in range(40) if merge_due(t, relora, W)] == [t for t in range(40) if t in due]
+    assert not any(merge_due(t, None, W) for t in range(40))  # without ReLoRA

@@ -15,7 +15,8 @@ from config import ModelConfig, ReLoRAConfig, config_from_dict
 from fake_hub import Hub
 from hub.llama import byte_tokenizer_json, load_decoder, load_plain, writers
 from model import PicoDecoder
-from relora import apply_relora, merged_state, relora_layers
+from relora import apply_relora, relora_layers
+from runtime.files import write_file
 
 PROMPT = torch.arange(14).view(2, 7)
 
@@ -43,9 +44,8 @@ def mid_cycle(cfg):
 
 def export(model, cfg, dataset, folder):
     folder.mkdir()
-    plain = merged_state(model.state_dict(), cfg.model.relora)
-    for name, (write, _) in writers(plain, cfg.model, dataset).items():
-        write(folder / name)
+    for name, (write, _) in writers(model.state_dict(), cfg.model, dataset).items():
+        write_file(folder / name, write)
     return folder
 
 

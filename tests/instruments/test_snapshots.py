@@ -10,9 +10,10 @@ import torch.nn.functional as F
 import lab
 from config import LearningDynamicsConfig, config_from_dict
 from data import TokenDataset
+from hub.llama import plain_state
 from instruments import snapshots
 from model import PicoDecoder
-from relora import apply_relora, merged_state, relora_layers
+from relora import apply_relora, relora_layers
 
 SUFFIXES = ["attention.v_proj", "attention.o_proj", "swiglu.w_2"]
 LAYERS = [f"layers.{i}.{suffix}" for i in range(2) for suffix in SUFFIXES]
@@ -31,7 +32,7 @@ def make(kind, dataset):
         if layer.scaling is not None:
             torch.nn.init.uniform_(layer.scaling, 0.2, 0.9)
     plain = PicoDecoder(cfg.model)
-    plain.load_state_dict(merged_state(model.state_dict(), cfg.model.relora))
+    plain.load_state_dict(plain_state(model.state_dict(), cfg.model))
     return model, cfg, plain, TokenDataset(dataset).rows(0, 7)
 
 

@@ -24,7 +24,7 @@ import trainer
 from config import ConfigError
 from hub import parquet
 from instruments import snapshots
-from runtime import dist, files, locks, run_folder, signals
+from runtime import dist, files, locks, machine, run_folder, signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 QUICK = ("evaluation.metrics=null", "checkpointing.learning_dynamics=null")
@@ -319,7 +319,7 @@ def noticed(request, monkeypatch):
     """When a full disk is noticed: by asking for the free space, or, where that is not the whole truth, by writing."""
     if request.param == "in the middle":
         for module in (checkpoint, files, parquet, shards):
-            monkeypatch.setattr(module, "need_room", lambda *args: None)
+            monkeypatch.setattr(module, "require_room", lambda *args: None)
     return request.param
 
 
@@ -523,7 +523,8 @@ def test_ranks_with_other_options_are_refused(here):
 
 def test_ranks_with_other_code_are_refused(here, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(lab.ROOT / "config", other / "config")
+    for room in machine.ROOMS:
+        shutil.copytree(lab.ROOT / room, other / room)
     for path in lab.ROOT.glob("*.py"):
         shutil.copy(path, other)
     (other / "model.py").write_text((other / "model.py").read_text() + "\n# edited on one machine only\n")

@@ -12,7 +12,7 @@ import lab
 from config import config_from_dict
 from model import PicoDecoder
 from relora import apply_relora
-from runtime import kernels
+from runtime import cpu_kernels, kernels
 
 SHAPES = [(1, 1, 1, 1, 8), (2, 12, 4, 100, 8), (2, 4, 4, 37, 16), (1, 6, 1, 300, 32), (3, 2, 2, 145, 64), (1, 3, 1, 49, 2)]
 
@@ -44,16 +44,15 @@ def softmax_attention(q, k, v):
 @pytest.mark.parametrize("scores", [1 << 21, 1], ids=["whole batch", "one by one"])
 @pytest.mark.parametrize("B, H, K, T, d", SHAPES)
 def test_attention_in_blocks_is_softmax_attention(monkeypatch, scores, B, H, K, T, d):
-    monkeypatch.setattr(kernels, "SCORES", scores)
+    monkeypatch.setattr(cpu_kernels, "SCORES", scores)
     inputs = leaves((B, H, T, d), (B, K, T, d), (B, K, T, d))
     found = gradients(kernels.causal_attention, inputs, torch.float32)
     close(found, gradients(softmax_attention, inputs, torch.float64))
-    close(gradients(lambda *qkv: kernels.causal_attention(*qkv, fast=False), inputs, torch.float32), found)
 
 
 def test_attention_of_great_scores_is_finite():
     q, k, v = leaves((1, 2, 200, 8), (1, 1, 200, 8), (1, 1, 200, 8))
-    found = gradients(kernels._CausalAttention.apply, [200 * q.detach(), 200 * k.detach(), v], torch.float32)
+    found = gradients(cpu_kernels._CausalAttention.apply, [200 * q.detach(), 200 * k.detach(), v], torch.float32)
     close(found[:1], gradients(softmax_attention, [200 * q.detach(), 200 * k.detach(), v], torch.float64)[:1], 1e-3)
     assert all(t.isfinite().all() for t in found)
 
@@ -61,12 +60,12 @@ def test_attention_of_great_scores_is_finite():
 @pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
 def onednn(request, monkeypatch):
     """Both ways to multiply, whatever this processor would choose."""
-    monkeypatch.setattr(kernels, "prefers_onednn", lambda rows, columns, depth: request.param)
+    monkeypatch.setattr(cpu_kernels, "prefers_onednn", lambda rows, columns, depth: request.param)
 
 
 @pytest.mark.parametrize("batch, rows, cols", [((2, 50), 96, 32), ((70,), 8, 200), ((1, 1), 16, 16), ((3, 5, 7), 33, 65)])
 def test_linear_is_the_linear_of_torch(onednn, batch, rows, cols):
-    layer = kernels.Linear(cols, rows, bias=False)
+    layer = cpu_kernels.Linear(cols, rows, bias=False)
     x, = leaves((*batch, cols))
     for frozen in (False, True):
         layer.weight.requires_grad_(not frozen)
@@ -104,7 +103,6 @@ def test_the_chunked_loss_is_cross_entropy(onednn, monkeypatch, tokens, vocab):
     labels[::3] = -100 if tokens > 1 else labels[::3]
     found = gradients(kernels.cross_entropy, [hidden, head, labels], torch.float32)
     close(found, gradients(lambda h, w, y: F.cross_entropy(h @ w.T, y), [hidden, head, labels], torch.float64))
-    close(found, gradients(lambda *args: kernels.cross_entropy(*args, fast=False), [hidden, head, labels], torch.float32))
 
 
 def test_the_loss_of_a_token_that_is_held_for_impossible_is_exact():
@@ -143,9 +141,9 @@ def test_freed_memory_keeps_its_pages(kept):
     """Blocks asked of the C library itself: how soon tensors, aligned and of odd sizes, settle depends on the heap's layout."""
     code = f"""
 import ctypes, resource
-from runtime import kernels
+from runtime import cpu_kernels, kernels
 if {kept}:
-    kernels.keep_freed_memory()
+    cpu_kernels.keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def faults(size=7 << 22):
