@@ -223,7 +223,8 @@ def learning_rates(run: Snapshots) -> list[tuple[int, float]]:
     except ConfigError:
         return []
     rate = cfg.training.optimization.lr
-    return [(step, rate * learning_rate_multiplier(step, cfg.training, cfg.model.relora)) for step in range(min(cfg.last_step, max(run.folders)))]
+    return [(step, rate * learning_rate_multiplier(step, cfg.training, cfg.model.relora))
+            for step in range(min(cfg.last_step, max(run.folders)))]
 
 
 @contextlib.contextmanager

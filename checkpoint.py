@@ -141,9 +141,10 @@ class Saver:
             log.warning(f"{folder.parent}: cannot be tidied ({error})")
         self.published()
 
-    def extend(self, step: int, writers: dict[str, Writer]) -> None:
-        """Start to add files to step_N; first waits for what is in flight."""
+    def extend(self, step: int, part: str, contents: dict[str, Any]) -> None:
+        """Start to add part/NAME.pt to step_N for each {NAME: content}; first waits for what is in flight."""
         self.wait()
+        writers = {f"{part}/{name}.pt": torch_writer(value) for name, value in contents.items()}
         if writers and self.error is None:
             self._thread = threading.Thread(target=self._extend, args=(self.folder / f"step_{step}", writers))
             self._thread.start()

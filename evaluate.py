@@ -24,7 +24,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import ConfigError, DatasetConfig, EvaluationConfig, ModelConfig, UserError, config_from_dict, load_config
+from config import (
+    ConfigError,
+    DatasetConfig,
+    EvaluationConfig,
+    LearningDynamicsConfig,
+    ModelConfig,
+    UserError,
+    config_from_dict,
+    load_config,
+)
 from data import INDEX, TokenDataset, Tokenizer, load_tokenizer, read_index, to_device
 from hub.datasets import local_or_hub
 from hub.llama import load_decoder, resolve
@@ -168,6 +177,14 @@ class Setting:
             log.warning(f"{what}: rows of {rows.shape[1]} tokens are cut to {longest}, which the model reads; the losses are of "
                         "these")
         return rows[:, :longest]
+
+    def snapshot_rows(self, cfg: LearningDynamicsConfig) -> np.ndarray | None:
+        """The rows of the val snapshot, where one is wanted."""
+        if cfg.eval_data is None:
+            return None
+        name = str(self.dataset) if cfg.eval_data == "val" else cfg.eval_data
+        rows = self.open_rows(name, "val", "checkpointing.learning_dynamics.eval_data")
+        return self.cut(rows.rows(0, min(len(rows), cfg.max_rows or len(rows))), self.model.max_seq_len, "the val snapshot")
 
 
 class Evaluator(Protocol):

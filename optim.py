@@ -81,6 +81,14 @@ def learning_rate_multiplier(step: int, cfg: TrainingConfig, relora: ReLoRAConfi
     return schedule(step, span)
 
 
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, cfg: TrainingConfig,
+                      relora: ReLoRAConfig | None) -> None:
+    rate = cfg.optimization.lr * learning_rate_multiplier(step, cfg, relora)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
 # ---- optimizers --------------------------------------------------------------------------------------------
 
 def adamw(parameters: Parameters, cfg: OptimizationConfig) -> list[torch.optim.Optimizer]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +28,11 @@ from data import BatchLoader, DataError, TokenDataset, Tokenizer, load_tokenizer
 from hub import llama, streaming, uploads
 from instruments import faults, snapshots
 from model import PicoDecoder
-from optim import learning_rate_multiplier, make_optimizers
+from optim import make_optimizers, set_learning_rate
 from relora import apply_relora, has_adapters, merge_and_reinit, merge_due, relora_layers, reset_optimizer
 from runtime import cpu_kernels, dist, machine, signals
 from runtime.command import Parser, command
-from runtime.errors import Ending
+from runtime.errors import Ending, TrainingError
 from runtime.log import log
 from runtime.progress import Progress
 from runtime.run_folder import RunFolder, name_run
@@ -41,11 +41,6 @@ from runtime.wrap import eval_mode, gradient_sync, parallelize, reshard, wrappin
 MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
 PROBE_TOKENS = 128  # of the row on which a merge is checked
 VOTE_SECONDS = 0.5  # between two votes of ranks that wait for data
-
-
-class TrainingError(UserError):
-    """A run that must not go on."""
-    exit_code = 1
 
 
 @dataclass
@@ -124,7 +119,7 @@ def loop(state: TrainState, services: Services, batches: BatchLoader) -> None:
         if merge_is_due(state):
             with state.progress.paused():
                 merge(state, services)
-        set_learning_rate(state)
+        set_learning_rate(state.optimizers, state.step, cfg.training, relora)
         train_step(state, batch)
         services.folder.advance(state.step)
         services.dataset.tell_epoch(state.step, cfg.data.dataloader.batch_size)
@@ -196,14 +191,6 @@ def update(state: TrainState, loss: Tensor) -> None:
     state.progress.add(loss, grad_norm, bad)
 
 
-def set_learning_rate(state: TrainState) -> None:
-    training = state.cfg.training
-    rate = training.optimization.lr * learning_rate_multiplier(state.step, training, state.cfg.model.relora)
-    for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-
 def record_progress(state: TrainState, services: Services, batches: BatchLoader) -> None:
     """One line of metrics: means since the last line, over all tokens on all ranks."""
     cfg, window = state.cfg, state.progress.read(state.step)
@@ -235,21 +222,19 @@ def merge(state: TrainState, services: Services) -> None:
     """Merge, reinitialise and reset; check on one small row that the model computes what it did before."""
     relora, seed = state.cfg.model.relora, state.cfg.training.seed
     before, loss_before = probe(state, services)
-    scales = [dist.full_tensor(layer.scaling.detach()).clone() for layer in relora_layers(state.model).values()
-              if relora.trainable_scaling]
+    scalings = [p for name, p in state.model.named_parameters() if name.endswith(".scaling")]
+    scales = [dist.full_tensor(scaling.detach()).clone() for scaling in scalings]
     norm = merge_and_reinit(state.model, seed=seed, step=state.step)
     zeroed = reset_optimizer(state.optimizers, state.model, seed=seed, step=state.step)
     after, loss_after = probe(state, services)
     change = ((after - before).abs().max() / before.abs().max()).item()
     state.progress.reset_count += 1
     state.progress.merged_at = state.step
-    metrics = {"step": state.step, "relora/reset_count": state.progress.reset_count, "relora/opt_zeroed": zeroed,
-               "relora/loss_before": loss_before, "relora/loss_after": loss_after, "relora/logit_change": change,
-               "relora/update_norm": norm}
-    if scales:
-        metrics |= {"relora/sf_mean": torch.cat(scales).mean().item(),
-                    "relora/sf_std": torch.cat(scales).std(correction=0).item()}
-    services.folder.record(metrics)
+    services.folder.record({
+        "step": state.step, "relora/reset_count": state.progress.reset_count, "relora/opt_zeroed": zeroed,
+        "relora/loss_before": loss_before, "relora/loss_after": loss_after, "relora/logit_change": change,
+        "relora/update_norm": norm} | ({"relora/sf_mean": torch.cat(scales).mean().item(),
+                                        "relora/sf_std": torch.cat(scales).std(correction=0).item()} if scales else {}))
     log.info(f"step {state.step}: merge {state.progress.reset_count}, norm of the delta {norm:.3f}, loss on a small batch "
              f"{loss_before:.4f} -> {loss_after:.4f}, {zeroed:.2%} of the adapters' moments are 0")
     if not change <= MERGE_TOLERANCE:
@@ -272,8 +257,7 @@ def probe(state: TrainState, services: Services) -> tuple[Tensor, float]:
 def begin_relora(state: TrainState) -> None:
     """End a warm start: freeze the targets and add adapters. What is wrapped changes, so all is built again."""
     whole = checkpoint.gather_state(state.model, state.optimizers, everywhere=True)
-    parts = build(state.cfg, state.device, adapters=True, weights=whole["model"], optimizer_state=whole["optimizer"])
-    state.model, state.wrapped, state.optimizers = parts
+    state.model, state.wrapped, state.optimizers = build(state.cfg, state.device, True, whole["model"], whole["optimizer"])
     log.info(f"step {state.step}: the warm start is over; {state.model.num_parameters(trainable_only=True):,} of "
              f"{state.model.num_parameters():,} parameters train from here on")
 
@@ -292,8 +276,7 @@ def save(state: TrainState, services: Services) -> None:
         if (dynamics := state.cfg.checkpointing.learning_dynamics) is not None:
             rows = {"train": services.dataset.batch(state.step, state.cfg.data.dataloader.batch_size), "val": services.val_rows}
             found = snapshots.snapshots_of(state.model, state.optimizers, rows, dynamics, services.tokenizer, state.device)
-            services.saver.extend(state.step, {f"{state.cfg.checkpointing.learning_dynamics_dir}/{name}.pt":
-                                               checkpoint.torch_writer(tensors) for name, tensors in found.items()})
+            services.saver.extend(state.step, state.cfg.checkpointing.learning_dynamics_dir, found)
         services.derived = state.step
 
 
@@ -304,13 +287,13 @@ def save_state(state: TrainState, services: Services) -> None:
     whole = checkpoint.gather_state(state.model, state.optimizers)
     services.saved = state.step
     if dist.rank() == 0:
-        whole |= {"step": state.step, "config": to_dict(state.cfg), "progress": state.progress.state(),
-                  "data": services.dataset.state | {"next_row": state.step * state.cfg.data.dataloader.batch_size},
+        data = services.dataset.state | {"next_row": state.step * state.cfg.data.dataloader.batch_size}
+        whole |= {"step": state.step, "config": to_dict(state.cfg), "progress": state.progress.state(), "data": data,
                   "random": {"seed": state.cfg.training.seed},  # from which, with the step, all randomness follows
                   **services.folder.sync_metrics()}
-        writers = {f"{cfg.fabric_checkpoint_dir}/{cfg.fabric_checkpoint_filename}": checkpoint.torch_writer(whole)}
-        saver.save(state.step, writers | llama.writers(whole["model"], state.cfg.model, services.tokenizer_folder,
-                                                       not_llama=services.not_llama))
+        writers = llama.writers(whole["model"], state.cfg.model, services.tokenizer_folder, not_llama=services.not_llama)
+        writers[f"{cfg.fabric_checkpoint_dir}/{cfg.fabric_checkpoint_filename}"] = checkpoint.torch_writer(whole)
+        saver.save(state.step, writers)
 
 
 def save_before_ending(state: TrainState, services: Services) -> None:
@@ -332,92 +315,69 @@ def save_before_ending(state: TrainState, services: Services) -> None:
 
 def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainState, Services]:
     """Open data, run folder and evaluation; resume, or start. Raises UserError before anything is trained."""
-    check_names(cfg)
+    dynamics = cfg.checkpointing.learning_dynamics
+    model = llama.skeleton(cfg.model)  # an option that names layers which it has not is refused here
+    if dynamics is not None:
+        snapshots.chosen_layers(model, dynamics.layer_suffixes)
     folder.lock()
     found, saved, notes = checkpoint.resume(folder.path / cfg.checkpointing.checkpoints_dir, cfg.checkpointing)
     if saved is not None:
         notes += config.check_resume(saved["config"], cfg, found)
+    elif not notes:  # else its checkpoints are there, and are damaged
+        folder.check_no_record(cfg.checkpointing.save_every_n_steps)
     dataset = streaming.open_dataset(cfg.data, cfg.model, saved["step"] if saved else 0, saved["data"] if saved else None)
     tokenizer_folder = dataset.folder.parent
     tokenizer = load_tokenizer(tokenizer_folder)
     setting = evaluate.Setting(cfg.evaluation, cfg.data.dataset, cfg.model, dataset.folder.parent, tokenizer, device)
-    evaluators, val_rows = evaluate.make_evaluators(setting), open_val_rows(cfg, setting)
+    evaluators, val_rows = evaluate.make_evaluators(setting), setting.snapshot_rows(dynamics) if dynamics else None
     weights = llama.starting_weights(cfg.training.start_from, cfg.model) if cfg.training.start_from and not saved else None
     not_llama = dist.on_rank0(lambda: llama.not_llama(cfg.model))
     folder.open()
-    uploader = None
-    if cfg.checkpointing.save_to_hf and dist.rank() == 0:
-        uploader = uploads.Uploader(folder.path, cfg.checkpointing, fresh=saved is None)
+    sends = cfg.checkpointing.save_to_hf and dist.rank() == 0
+    uploader = uploads.Uploader(folder.path, cfg.checkpointing, fresh=saved is None) if sends else None
     saver = checkpoint.Saver(cfg.checkpointing, folder.path, uploader.kick if uploader else lambda: None)
     services = Services(folder, dataset, tokenizer, tokenizer_folder, evaluators, val_rows, saver, uploader, not_llama)
     for note in notes + config.warnings(cfg, dist.world_size(), device.type):
         log.warning(note)
     if not_llama:
         log.warning(f"the model is no Llama to other programs: {not_llama}; checkpoints keep it under this lab's own names")
-    state = resume(cfg, device, services, found, saved) if saved else start(cfg, device, services, weights, damaged=bool(notes))
+    state = resume(cfg, device, services, found, saved) if saved else start(cfg, device, services, weights)
+    describe(state, services)
     folder.start_wandb()
     if uploader is not None:
         uploader.start()
     return state, services
 
 
-def start(cfg: Config, device: torch.device, services: Services, weights: dict[str, Tensor] | None, damaged: bool) -> TrainState:
-    """A run at step 0. A record of earlier attempts whose checkpoints cannot be used is kept aside."""
-    adapters = cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0
-    state = TrainState(cfg, device, machine.choose_precision(cfg.training.fabric.precision, device), *build(cfg, device, adapters, weights), Progress(device))
-    if damaged:
-        services.folder.set_metrics_aside()
-    services.folder.rewind_metrics(0, 0)  # of a run that ended before its first checkpoint
-    describe(state, services)
-    return state
+def start(cfg: Config, device: torch.device, services: Services, weights: dict[str, Tensor] | None) -> TrainState:
+    """A run at step 0; the record of an earlier attempt is kept aside."""
+    services.folder.set_metrics_aside()
+    return new_state(cfg, device, cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0, weights)
 
 
 def resume(cfg: Config, device: torch.device, services: Services, found: Path, saved: dict[str, Any]) -> TrainState:
-    parts = build(cfg, device, has_adapters(saved["model"]), saved["model"], saved["optimizer"])
-    state = TrainState(cfg, device, machine.choose_precision(cfg.training.fabric.precision, device), *parts, Progress(device), step=saved["step"])
+    """The run as the step folder `found` holds it; what should be derived from that step and is not, is left to do."""
+    state = new_state(cfg, device, has_adapters(saved["model"]), saved["model"], saved["optimizer"])
     state.progress.load(saved["progress"])
+    state.step = services.saved = saved["step"]
     if state.progress.merged_at == state.step:
         faults.repeat_reset(state.model, cfg.training.seed, state.step)
     evaluated = services.folder.rewind_metrics(state.step, saved["metrics_bytes"], saved.get("metrics_sha256"))
-    services.saved = state.step
     dynamics = cfg.checkpointing.learning_dynamics and cfg.checkpointing.learning_dynamics_dir
     if dist.on_rank0(lambda: (evaluated or not cfg.evaluation.metrics) and (not dynamics or checkpoint.holds(found, dynamics))):
         services.derived = state.step
-    describe(state, services)
-    log.info(f"resumed at step {state.step}")
     return state
 
 
-def check_names(cfg: Config) -> None:
-    """Raise ConfigError where an option names layers that the model does not have."""
-    with torch.device("meta"):
-        model = PicoDecoder(cfg.model)
-        if cfg.model.relora is not None:
-            apply_relora(model, cfg.model.relora)
-    if cfg.checkpointing.learning_dynamics is not None:
-        snapshots.chosen_layers(model, cfg.checkpointing.learning_dynamics.layer_suffixes)
-
-
-def open_val_rows(cfg: Config, setting: evaluate.Setting) -> np.ndarray | None:
-    """The rows of the val snapshot, where one is wanted."""
-    dynamics = cfg.checkpointing.learning_dynamics
-    if dynamics is None or dynamics.eval_data is None:
-        return None
-    name = str(setting.dataset) if dynamics.eval_data == "val" else dynamics.eval_data
-    rows = setting.open_rows(name, "val", "checkpointing.learning_dynamics.eval_data")
-    return setting.cut(rows.rows(0, min(len(rows), dynamics.max_rows or len(rows))), cfg.model.max_seq_len, "the val snapshot")
-
-
-class Parts(NamedTuple):
-    """What `build` makes."""
-    model: PicoDecoder
-    wrapped: nn.Module
-    optimizers: list[torch.optim.Optimizer]
+def new_state(cfg: Config, device: torch.device, adapters: bool, weights: dict[str, Tensor] | None = None,
+              optimizer_state: dict[str, dict] | None = None) -> TrainState:
+    precision = machine.choose_precision(cfg.training.fabric.precision, device)
+    return TrainState(cfg, device, precision, *build(cfg, device, adapters, weights, optimizer_state), Progress(device))
 
 
 def build(cfg: Config, device: torch.device, adapters: bool, weights: dict[str, Tensor] | None = None,
-          optimizer_state: dict[str, dict] | None = None) -> Parts:
-    """Make model, wrapping and optimizers; `weights` with adapters go in after these are made, plain ones before."""
+          optimizer_state: dict[str, dict] | None = None) -> tuple[PicoDecoder, nn.Module, list[torch.optim.Optimizer]]:
+    """(model, wrapped, optimizers); `weights` with adapters go in after these are made, plain ones before."""
     torch.manual_seed(cfg.training.seed)
     if device.type == "cpu" and cfg.model.fast_paths:
         cpu_kernels.keep_freed_memory()
@@ -436,15 +396,17 @@ def build(cfg: Config, device: torch.device, adapters: bool, weights: dict[str, 
         faults.install(model, optimizers, cfg.model.relora)
     if optimizer_state is not None:
         checkpoint.load_optimizer_state(model, optimizers, optimizer_state)
-    return Parts(model, wrapped, optimizers)
+    return model, wrapped, optimizers
 
 
 def describe(state: TrainState, services: Services) -> None:
+    if services.saved is not None:
+        log.info(f"resumed at step {state.step}")
     micro, accumulation = state.cfg.micro_batches(dist.world_size())
     log.info(f"{state.model.num_parameters():,} parameters, {state.model.num_parameters(trainable_only=True):,} trainable; "
              f"{dist.world_size()} x {state.device.type}, {wrapping(state.wrapped)}, {state.precision}")
-    log.info(f"{services.dataset.folder}: {len(services.dataset):,} rows of {services.dataset.row_length} tokens; an update takes "
-             f"{dist.world_size()} ranks x {accumulation} micro-batches x {micro} rows; run folder {services.folder.path}")
+    log.info(f"{services.dataset.folder}: {len(services.dataset):,} rows of {services.dataset.row_length} tokens; an update "
+             f"takes {dist.world_size()} ranks x {accumulation} micro-batches x {micro} rows; run folder {services.folder.path}")
 
 
 def main() -> None:

@@ -72,8 +72,8 @@ class ReLoRAConfig:
     trainable_scaling: bool = False  # scale by tanh of a learnt scalar instead
     warm_start_steps: int = option(0, least=0)  # (ours) full-rank updates first; Lialin et al. gain 9 perplexity at 130M
     optimizer_reset: OptimizerResetConfig = field(default_factory=OptimizerResetConfig)
-    reference_faults: list[Literal["dead_adapters", "unscaled_merge", "undone_reset", "late_merge",
-                                   "kept_adam_step", "kept_scaling"]] = field(default_factory=list)  # (ours) to reproduce published runs
+    reference_faults: list[Literal["dead_adapters", "unscaled_merge", "undone_reset", "late_merge", "kept_adam_step",
+                                   "kept_scaling"]] = field(default_factory=list)  # (ours) to reproduce published runs
 
     @property
     def has_initial_weights(self) -> bool:
@@ -135,7 +135,7 @@ class TrainingConfig:
     grad_clip: float | None = None  # (ours) largest gradient norm; the published runs do not clip
     compile: bool | None = None  # (ours) torch.compile each block; null: on CUDA, where it pays
     start_from: str | None = None  # (ours) a run, step or Llama folder to take weights from: Lialin's other warm start
-    hang_timeout_minutes: float = option(30, most=1e6)  # (ours) a rank that is silent for so long shows where it hangs, and ends the run
+    hang_timeout_minutes: float = option(30, most=1e6)  # (ours) a rank silent for so long shows where it hangs, and ends the run
     max_nonfinite_steps: int = 20  # (ours) skipped updates in a row after which the run stops
     fabric: FabricConfig = field(default_factory=FabricConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)

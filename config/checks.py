@@ -94,7 +94,7 @@ def warnings(cfg: Config, world: int, device: str) -> list[str]:
     if fabric.accelerator not in ("auto", device):
         found.append(f"training.fabric.accelerator: no {fabric.accelerator} here; training on {device}")
     if optimization.lr_warmup_steps >= cfg.training.max_steps:
-        found.append(f"lr_warmup_steps {optimization.lr_warmup_steps} >= max_steps {cfg.training.max_steps}: all of it is warm-up")
+        found.append(f"lr_warmup_steps {optimization.lr_warmup_steps} >= max_steps {cfg.training.max_steps}: all is warm-up")
     if relora is not None:
         jagged = optimization.lr_scheduler == "relora_jagged_cosine"
         if jagged and relora.reset_frequency == 1:

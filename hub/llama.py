@@ -104,7 +104,8 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
         "config.json": as_json(llama_config(cfg, eos, pad, dtype)),
         "generation_config.json": as_json({"eos_token_id": eos, "pad_token_id": pad, "do_sample": True}),
         "model.safetensors": Writer(weights, tensor_bytes(state)),
-        "tokenizer.json": Writer(lambda file: file.write(known.read_bytes())) if known.exists() else as_json(byte_tokenizer_json()),
+        "tokenizer.json": (Writer(lambda file: file.write(known.read_bytes())) if known.exists()
+                           else as_json(byte_tokenizer_json())),
         "tokenizer_config.json": as_json({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces":
                                           False, "model_max_length": cfg.max_seq_len}
                                          | {key: text for key, text in names.items() if text is not None}),

@@ -132,7 +132,8 @@ class Uploader:
             self._to_prepare.pop(0)
         titles = {commit.title for commit in self.api.list_repo_commits(self.repo, revision=self.branch)}
         if self._fresh and (others := sum(title.startswith("Saving ") for title in titles)):
-            log.warning(f"upload to {self.repo}: branch {self.branch} holds {others} commits of an earlier run of this name, which "
+            log.warning(f"upload to {self.repo}: branch {self.branch} holds {others} commits of an earlier run of this name, "
+                        f"which "
                      f"stay; delete the branch, or choose another checkpointing.run_name")
         self._fresh = False
         return titles

@@ -23,6 +23,7 @@ import train
 from data import BatchLoader, TokenDataset, shard_entry, write_index
 from hub import llama
 from hub.parquet import convert_parquet
+from optim import set_learning_rate
 from relora import merge_and_reinit, reset_optimizer
 from runtime import kernels, machine
 from shards import write_shards
@@ -48,7 +49,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 def our_step(t: TrainState, rows: torch.Tensor) -> Callable[[], None]:
     """One update of ours."""
     def step() -> None:
-        train.set_learning_rate(t)
+        set_learning_rate(t.optimizers, t.step, t.cfg.training, t.cfg.model.relora)
         train.train_step(t, [(0, rows)])
     return step
 

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import errno
 
+from config import UserError
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS)
+
+
+class TrainingError(UserError):
+    """A run that must not go on."""
+    exit_code = 1
 
 
 class Ending(BaseException):

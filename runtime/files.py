@@ -78,7 +78,8 @@ class HashingFile:
 
     def __init__(self, path: Path):
         # exclusive and no links: nobody can have us write elsewhere
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
+        binary = getattr(os, "O_BINARY", 0)  # of Windows
+        handle = no_links(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | binary)
         self.path, self.size, self.error = path, 0, None
         self._file, self._digest = os.fdopen(handle, "wb", buffering=1 << 20), hashlib.sha256()
 

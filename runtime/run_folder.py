@@ -154,8 +154,18 @@ class RunFolder:
             os.fsync(file.fileno())
         return {"metrics_bytes": len(text), "metrics_sha256": hashlib.sha256(text).hexdigest()}
 
+    def check_no_record(self, save_every: int) -> None:
+        """Raise UserError where a run without a checkpoint must once have had one. Every rank must call it."""
+        def check() -> None:
+            trained = [line["step"] for line in _objects(self.metrics_path.read_bytes())] if self.metrics_path.exists() else []
+            if max(trained, default=0) > save_every:  # by then the checkpoint of step 0 was on the disk
+                raise UserError(f"{self.path}: holds the record of {max(trained)} steps, but no checkpoint; put its "
+                                f"{self.checkpointing.checkpoints_dir}/ back, choose another run_name, or delete metrics.jsonl to "
+                                "begin anew")
+        dist.on_rank0(check)
+
     def set_metrics_aside(self) -> None:
-        """Keep the record of a run none of whose checkpoints can be used."""
+        """Keep the record of an attempt that left no checkpoint."""
         if self.writes and self.metrics_path.exists():
             log.warning(f"the record so far of {self.path} is kept as {files.set_aside(self.metrics_path).name}")
 
@@ -173,8 +183,8 @@ class RunFolder:
             aside = files.set_aside(self.metrics_path).name if text else "nothing"
             kept = {json.dumps(line): line for line in _objects(text) if line["step"] <= step}
             counted = "".join(f"{line}\n" for line in kept).encode()
-            log.warning(f"{self.metrics_path}: is not what the checkpoint of step {step} counted on (a disk that lost it?); kept as "
-                        f"{aside}, and {len(kept)} of its lines taken over: the record before step {step} may have gaps")
+            log.warning(f"{self.metrics_path}: is not what the checkpoint of step {step} counted on (a disk that lost it?); kept "
+                        f"as {aside}, and {len(kept)} of its lines taken over: the record before step {step} may have gaps")
         evaluation = next((line for line in after if line["step"] == step and any(k.startswith("eval/") for k in line)), {})
         lines = json.dumps(evaluation) + "\n" if evaluation else ""
         if counted + lines.encode() != text:

@@ -32,9 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ENV = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # one thread, as conftest sets here: the same bits, and faster
 IN_TURN = """
 import json, sys
+import torch
 import train
-from runtime import command as commands
 from config import load_config
+from runtime import dist
 with dist.session(torch.device("cpu")) as device:
     for path, *words in json.loads(sys.argv[1]):
         train.train(load_config(path, words), device)

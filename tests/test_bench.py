@@ -19,7 +19,7 @@ SMALL = ("model.d_model=32", "model.n_layers=1", "model.vocab_size=64", "model.a
 
 def trainer(compiled=False, device="cpu"):
     case = bench.Case("tiny", "r4", 0.0, compiled, 2, 16, None)
-    return bench.trainer(case, bench.case_config(case, SMALL), torch.device(device)), torch.randint(64, (2, 17), device=device)
+    return bench.train_state(case, bench.case_config(case, SMALL), torch.device(device)), torch.randint(64, (2, 17), device=device)
 
 
 def test_the_command_measures_and_compares(tmp_path):

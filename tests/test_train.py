@@ -26,8 +26,7 @@ from runtime.command import command
 import train
 from runtime import dist
 from relora import ReLoRALinear
-update = ReLoRALinear.update
-ReLoRALinear.update = lambda layer: 0.5 * update(layer)  # what is merged is half of what forward adds
+ReLoRALinear.merged_delta = lambda layer: 0.5 * layer.delta_weight()  # what is merged is half of what forward adds
 command(train.main)
 """
 NAN_ON_RANK_1 = """
@@ -326,10 +325,31 @@ def test_a_run_none_of_whose_checkpoints_can_be_used_keeps_its_record(worlds):
 
 
 def test_a_run_without_a_checkpoint_starts_its_record_anew(worlds):
+    """As after a kill before the first checkpoint was there."""
     worlds.copy("single", "anew", -1)
-    assert "resumed" not in worlds.train("anew")
+    record = worlds.folder / "anew/metrics.jsonl"
+    before = "".join(line for line in record.read_text().splitlines(keepends=True) if json.loads(line)["step"] < 4)
+    record.write_text(before)
+    printed = worlds.train("anew")
+    assert "resumed" not in printed and "kept as metrics.jsonl.aside-1" in printed
+    assert (worlds.folder / "anew/metrics.jsonl.aside-1").read_text() == before
     for key in ("train/loss", "eval/val_loss"):
         assert worlds.metrics("anew", key) == worlds.metrics("single", key)
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed", "emptied"])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(worlds, how):
+    name = f"checkpoints-{how}"
+    worlds.copy("single", name, -1 if how == "emptied" else 20)
+    folder = worlds.folder / name
+    before = (folder / "metrics.jsonl").read_bytes()
+    if how == "renamed":
+        (folder / "checkpoints").rename(folder / "old")
+    elif how == "deleted":
+        shutil.rmtree(folder / "checkpoints")
+    printed = worlds.train(name, code=2)
+    assert f"{folder}: holds the record of 20 steps, but no checkpoint" in printed
+    assert (folder / "metrics.jsonl").read_bytes() == before and not (folder / "metrics.jsonl.aside-1").exists()
 
 
 def test_the_record_holds_what_is_promised(worlds):
