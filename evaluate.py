@@ -239,6 +239,7 @@ class Blimp:
 
     def __init__(self, setting: Setting):
         self.options, self.device, self.tokenizer = setting.cfg.blimp, setting.device, setting.tokenizer
+        self.pairs = blimp.load_pairs(self.options)
         if self.tokenizer.vocab_size > setting.model.vocab_size:
             raise ConfigError(f"evaluation.metrics: blimp needs a model of its tokenizer's {self.tokenizer.vocab_size} ids, and "
                               f"this one knows {setting.model.vocab_size}; leave blimp out")
@@ -246,7 +247,6 @@ class Blimp:
         if self.options.start_token == "eos" and self.start is None:
             raise ConfigError("evaluation.blimp.start_token: the tokenizer knows no end of text; name it in data.tokenizer.eos, "
                               "or use null")
-        self.pairs = blimp.load_pairs(self.options)
 
     def __call__(self, model: nn.Module) -> tuple[dict[str, Any], str]:
         results = evaluate_blimp(model, self.pairs, self.tokenizer, self.start, self.options.batch_size, self.device)

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import CheckpointError, publish
-from hub import llama, uploads
+from hub import llama, published, uploads
+from hub.architecture import not_llama
 from runtime.command import Parser, command
 
 
@@ -39,9 +40,12 @@ def main() -> None:
     if args.command == "hf":
         folder = llama.resolve(args.checkpoint)
         cfg, state = llama.load_plain(folder)
+        if reason := not_llama(cfg):
+            raise CheckpointError(f"{folder}: is no Llama ({reason}), and no program but this lab would compute the same with "
+                                  "it; use the step folder as it is")
         publish(args.out, llama.writers(state, cfg, folder, getattr(torch, args.dtype)))
     else:
-        llama.import_model(args.source, args.out, args.revision, args.tokenizer)
+        published.import_model(args.source, args.out, args.revision, args.tokenizer)
     print(f"written to {args.out}")
 
 

@@ -6,7 +6,6 @@ Adam's moments of both are pruned: each cycle adds another rank-r update, so the
 
     apply_relora(model, cfg.model.relora)          # in place, before wrapping
     merge_and_reinit(model, seed=42, step=2000)    # the function that the model computes does not change
-    reset_optimizer(optimizers, model, seed=42, step=2000)
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import config
 import evaluate
 from config import Config, UserError, load_config, to_dict
 from data import BatchLoader, DataError, TokenDataset, Tokenizer, load_tokenizer, to_device
-from hub import llama, streaming, uploads
+from hub import architecture, llama, streaming, uploads
 from instruments import faults, snapshots
 from model import PicoDecoder
 from optim import make_optimizers, set_learning_rate
@@ -212,10 +212,8 @@ def record_progress(state: TrainState, services: Services, batches: BatchLoader)
 # ---- merging -------------------------------------------------------------------------------------------------
 
 def merge_is_due(state: TrainState) -> bool:
-    relora = state.cfg.model.relora
-    step = state.step - faults.merge_delay(relora)
-    return (state.progress.merged_at != state.step
-            and merge_due(step, relora, state.cfg.training.optimization.lr_warmup_steps))
+    step, relora = state.step - faults.merge_delay(state.cfg.model.relora), state.cfg.model.relora
+    return state.progress.merged_at != state.step and merge_due(step, relora, state.cfg.training.optimization.lr_warmup_steps)
 
 
 def merge(state: TrainState, services: Services) -> None:
@@ -316,7 +314,7 @@ def save_before_ending(state: TrainState, services: Services) -> None:
 def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainState, Services]:
     """Open data, run folder and evaluation; resume, or start. Raises UserError before anything is trained."""
     dynamics = cfg.checkpointing.learning_dynamics
-    model = llama.skeleton(cfg.model)  # an option that names layers which it has not is refused here
+    model = architecture.skeleton(cfg.model)  # an option that names layers which it has not is refused here
     if dynamics is not None:
         snapshots.chosen_layers(model, dynamics.layer_suffixes)
     folder.lock()
@@ -331,21 +329,18 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
     setting = evaluate.Setting(cfg.evaluation, cfg.data.dataset, cfg.model, dataset.folder.parent, tokenizer, device)
     evaluators, val_rows = evaluate.make_evaluators(setting), setting.snapshot_rows(dynamics) if dynamics else None
     weights = llama.starting_weights(cfg.training.start_from, cfg.model) if cfg.training.start_from and not saved else None
-    not_llama = dist.on_rank0(lambda: llama.not_llama(cfg.model))
+    not_llama = dist.on_rank0(lambda: architecture.check_code(cfg.model))
     folder.open()
     sends = cfg.checkpointing.save_to_hf and dist.rank() == 0
     uploader = uploads.Uploader(folder.path, cfg.checkpointing, fresh=saved is None) if sends else None
     saver = checkpoint.Saver(cfg.checkpointing, folder.path, uploader.kick if uploader else lambda: None)
     services = Services(folder, dataset, tokenizer, tokenizer_folder, evaluators, val_rows, saver, uploader, not_llama)
+    notes += [f"the model is no Llama to other programs: {not_llama}; checkpoints keep it under our own names"] if not_llama else []
     for note in notes + config.warnings(cfg, dist.world_size(), device.type):
         log.warning(note)
-    if not_llama:
-        log.warning(f"the model is no Llama to other programs: {not_llama}; checkpoints keep it under this lab's own names")
     state = resume(cfg, device, services, found, saved) if saved else start(cfg, device, services, weights)
     describe(state, services)
     folder.start_wandb()
-    if uploader is not None:
-        uploader.start()
     return state, services
 
 

@@ -1,7 +1,8 @@
-"""Hugging Face folders: our weights as a plain Llama, adapters merged, no remote code; and published weights as ours.
+"""Model folders: our weights as a plain Llama, adapters merged, no remote code; and read back.
 
 LlamaForCausalLM is the same architecture with rotary positions over half-split instead of interleaved pairs, so the
-rows of q_proj and k_proj are permuted head by head; everything else is a change of names.
+rows of q_proj and k_proj are permuted head by head; everything else is a change of names. A decoder that somebody
+edited until it computes something else is kept under our own names: `not_llama` says why, by measuring.
 """
 
 from __future__ import annotations
@@ -17,45 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from checkpoint import CheckpointError, Writer, compare_states, load_model_state, publish, step_folders, tensor_bytes
-from config import CheckpointingConfig, ConfigError, ModelConfig, ReLoRAConfig, config_from_dict, load_config
+import model as model_code
+from checkpoint import CheckpointError, Writer, compare_states, load_model_state, step_folders, tensor_bytes
+from config import CheckpointingConfig, ConfigError, ModelConfig, config_from_dict, load_config
 from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
+from hub.architecture import llama_names, llama_state, not_llama, skeleton
 from model import PicoDecoder
-from relora import apply_relora, has_adapters, relora_layers
-from runtime.files import HashingFile
+from relora import has_adapters, relora_layers
+from runtime.files import HashingFile, sha256
+from runtime.log import log
 
-# our name below layers.{i} -> Llama's below model.layers.{i}
-LAYER_NAMES = {
-    "attention_norm": "input_layernorm", "swiglu_norm": "post_attention_layernorm",
-    "attention.q_proj": "self_attn.q_proj", "attention.k_proj": "self_attn.k_proj",
-    "attention.v_proj": "self_attn.v_proj", "attention.o_proj": "self_attn.o_proj",
-    "swiglu.w_0": "mlp.gate_proj", "swiglu.w_1": "mlp.up_proj", "swiglu.w_2": "mlp.down_proj",
-}
-TOP_NAMES = {"embedding_proj": "model.embed_tokens", "output_norm": "model.norm", "de_embedding_proj": "lm_head"}
-
-
-def llama_names(cfg: ModelConfig) -> dict[str, str]:
-    """{our parameter name: Llama's} of a plain decoder."""
-    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in TOP_NAMES.items()}
-    for i in range(cfg.n_layers):
-        names |= {f"layers.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight"
-                  for ours, theirs in LAYER_NAMES.items()}
-    return names
-
-
-def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows (heads * head_dim, in) from interleaved pairs (0, 1), (2, 3), ... to halves: all firsts, all seconds."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def llama_state(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """A plain decoder's state dict under Llama's names and layout."""
-    heads = {"q_proj": cfg.attention_n_heads, "k_proj": cfg.attention_n_kv_heads}
-    result = {}
-    for ours, theirs in llama_names(cfg).items():
-        leaf = ours.split(".")[-2]
-        result[theirs] = half_split(state[ours], heads[leaf]) if leaf in heads else state[ours]
-    return result
+OWN = "not_llama"  # the key of config.json that makes a folder one under our own names
 
 
 def llama_config(cfg: ModelConfig, eos: int | None, pad: int | None, dtype: torch.dtype) -> dict:
@@ -69,6 +42,15 @@ def llama_config(cfg: ModelConfig, eos: int | None, pad: int | None, dtype: torc
         "attention_bias": False, "mlp_bias": False, "bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def own_config(cfg: ModelConfig, reason: str) -> dict:
+    """config.json of a folder under our own names: what model.py was told, and which model.py it was."""
+    return dataclasses.asdict(dataclasses.replace(cfg, relora=None)) | {OWN: reason, "model_py": model_py()}
+
+
+def model_py() -> str:
+    return sha256(Path(model_code.__file__))[:16]
 
 
 def byte_tokenizer_json() -> dict:
@@ -88,7 +70,10 @@ def byte_tokenizer_json() -> dict:
 
 def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
             dtype: torch.dtype = torch.float32, not_llama: str | None = None) -> dict[str, Writer]:
-    """The files of a plain Llama folder, {name: writer}, from a decoder's state dict, adapters or not."""
+    """The files of a plain Llama folder, {name: writer}, from a decoder's state dict, adapters or not.
+
+    With `not_llama`, the reason: of a folder of our own, which only this lab reads.
+    """
     tokenizer, known = load_tokenizer(tokenizer_folder), (tokenizer_folder / "tokenizer.json")
     eos, pad = (i if i is not None and i < cfg.vocab_size else None for i in (tokenizer.eos, tokenizer.pad))
 
@@ -96,12 +81,14 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
         return Writer(lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
     def weights(file: HashingFile) -> None:
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in llama_state(plain_state(state, cfg), cfg).items()}
+        plain = plain_state(state, cfg)
+        chosen = plain if not_llama else llama_state(plain, cfg)
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in chosen.items()}
         file.write(save(tensors, metadata={"format": "pt"}))
 
     names = {"eos_token": tokenizer.text_of(eos), "pad_token": tokenizer.text_of(pad)}
     return {
-        "config.json": as_json(llama_config(cfg, eos, pad, dtype)),
+        "config.json": as_json(own_config(cfg, not_llama) if not_llama else llama_config(cfg, eos, pad, dtype)),
         "generation_config.json": as_json({"eos_token_id": eos, "pad_token_id": pad, "do_sample": True}),
         "model.safetensors": Writer(weights, tensor_bytes(state)),
         "tokenizer.json": (Writer(lambda file: file.write(known.read_bytes())) if known.exists()
@@ -141,7 +128,11 @@ def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """
     folder = resolve(path)
     found, tensors = read_folder(folder)
+    if OWN in found:
+        return _load_own(found, tensors, folder)
     cfg = _our_config(found, folder)
+    if reason := not_llama(cfg, tokens=64):
+        log.warning(f"{folder}: holds a Llama, and model.py as it is now computes something else with its weights ({reason})")
     compare_states(llama_state(skeleton(cfg).state_dict(), cfg), tensors, folder)
     heads = {"q_proj": cfg.attention_n_heads, "k_proj": cfg.attention_n_kv_heads}
     state = {}
@@ -149,6 +140,18 @@ def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         leaf, tensor = ours.split(".")[-2], tensors[theirs].float()
         state[ours] = interleaved(tensor, heads[leaf]) if leaf in heads else tensor
     return cfg, state
+
+
+def _load_own(found: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """As load_plain, of a folder under our own names."""
+    try:
+        cfg = config_from_dict({"model": {k: v for k, v in found.items() if k not in (OWN, "model_py")}}).model
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: config.json does not describe a model that this code builds ({error})") from None
+    compare_states(skeleton(cfg).state_dict(), tensors, folder)
+    if found.get("model_py") != model_py():
+        log.warning(f"{folder}: was made by another model.py; where their formulas differ, so does what it computes")
+    return cfg, {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -173,15 +176,6 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return found, tensors
 
 
-def skeleton(cfg: ModelConfig) -> PicoDecoder:
-    """The model without numbers, adapters included."""
-    with torch.device("meta"):
-        model = PicoDecoder(cfg)
-        if cfg.relora is not None:
-            apply_relora(model, cfg.relora)
-    return model
-
-
 def plain_state(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """The plain decoder's state dict from one that may hold adapters: every weight is the effective one."""
     if not has_adapters(state):
@@ -190,11 +184,6 @@ def plain_state(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]
     model.load_state_dict(state, assign=True)
     adapted = {f"{name}.weight": layer.effective_weight() for name, layer in relora_layers(model).items()}
     return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in relora_layers(model)} | adapted
-
-
-def not_llama(cfg: ModelConfig) -> str | None:
-    """Why this code's decoder does not compute what LlamaForCausalLM does, or None."""
-    return None
 
 
 def _our_config(found: Any, folder: Path) -> ModelConfig:
@@ -246,51 +235,3 @@ def load_decoder(path: str | Path) -> PicoDecoder:
     return model
 
 
-# ---- published Pico models ---------------------------------------------------------------------------------------
-
-def load_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A model published by pico-train or relora-pico, as load_plain gives it, adapters merged.
-
-    Its tensors are `PREFIX.` + our names; a ReLoRA layer adds `.A_lora.weight`, `.B_lora.weight` and, with trainable
-    scaling, `.s`.
-    """
-    found, tensors = read_folder(folder)
-    try:
-        if not str(found.get("model_type")).startswith("pico"):
-            raise ConfigError(f"model_type {found.get('model_type')!r} is neither llama nor pico_decoder")
-        if missing := {"d_model", "n_layers", "vocab_size"} - found.keys():
-            raise ConfigError(f"{', '.join(sorted(missing))} missing")
-        known = {f.name for f in dataclasses.fields(ReLoRAConfig)}
-        relora = {k: v for k, v in (found.get("relora") or {}).items() if k in known} or None
-        fields = {f.name for f in dataclasses.fields(ModelConfig)} - {"relora", "model_type"}
-        cfg = config_from_dict({"model": {k: v for k, v in found.items() if k in fields} | {"relora": relora}}).model
-    except (AttributeError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder}: config.json is not of a published Pico model ({error})") from None
-    ours = {}
-    for name, tensor in tensors.items():
-        if name.split(".")[0] not in ("layers", *TOP_NAMES):
-            name = name.split(".", 1)[-1]  # the prefix
-        for theirs, leaf in ((".A_lora.weight", ".lora_A"), (".B_lora.weight", ".lora_B"), (".s", ".scaling")):
-            name = name.removesuffix(theirs) + leaf if name.endswith(theirs) else name
-        ours[name] = tensor.float()
-    compare_states(skeleton(cfg).state_dict(), ours, folder)
-    return dataclasses.replace(cfg, relora=None), plain_state(ours, cfg)
-
-
-def import_model(source: str, out: Path, revision: str | None, tokenizer: Path | None) -> None:
-    """A published Pico model or a Llama folder, from disk or the Hub, as a model folder of ours."""
-    folder = Path(source)
-    if not folder.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-        try:
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise CheckpointError(f"{source}: neither a folder nor to be had from the Hub "
-                                  f"({str(error).splitlines()[0]})") from None
-    found, _ = read_folder(folder)
-    cfg, state = load_plain(folder) if found.get("model_type") == "llama" else load_published(folder)
-    words = folder if tokenizer is None else tokenizer if tokenizer.is_dir() else tokenizer.parent
-    if cfg.vocab_size > ByteTokenizer.vocab_size and not (words / "tokenizer.json").is_file():
-        raise CheckpointError(f"{words}: has no tokenizer.json for {cfg.vocab_size:,} ids; name one with --tokenizer")
-    publish(out, writers(state, cfg, words))

@@ -54,7 +54,7 @@ def commits(run: Path, cfg: CheckpointingConfig) -> list[Commit]:
 
 
 class Uploader:
-    """Sends the commits of a run. `sync` does so once; `start` does so in a thread whenever `kick`ed."""
+    """Sends the commits of a run. `sync` does so once; a thread does so whenever `kick`ed."""
 
     def __init__(self, run: Path, cfg: CheckpointingConfig, fresh: bool = False):
         from huggingface_hub import HfApi, utils
@@ -69,24 +69,22 @@ class Uploader:
         self._kicked, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
     def kick(self) -> None:
         """There may be something new to send."""
         self._kicked.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
 
-    def close(self, grace_seconds: float, hurry: Callable[[], int]) -> None:
-        """Send what is left, for grace_seconds or until `hurry`; the rest goes up at the next start or by export.py upload."""
-        if self._thread is not None:
-            self._closing.set()
-            self._kicked.set()
-            end = time.monotonic() + grace_seconds
-            while self._thread.is_alive() and time.monotonic() < end and not hurry():
-                self._thread.join(timeout=0.2)
-            if self._thread.is_alive():
-                log.warning(f"some uploads are left; send them with: python export.py upload '{self.run}'")
+    def close(self, grace_seconds: float, stopped: Callable[[], int]) -> None:
+        """Send what is left, for grace_seconds or until `stopped`; the rest goes up at the next start or by export.py upload."""
+        self._closing.set()
+        self.kick()
+        end = time.monotonic() + grace_seconds
+        while self._thread.is_alive() and time.monotonic() < end and not stopped():
+            self._thread.join(timeout=0.2)
+        if self._thread.is_alive():
+            log.warning(f"some uploads are left; send them with: python export.py upload '{self.run}'")
 
     def _work(self) -> None:
         while True:

@@ -160,8 +160,8 @@ class RunFolder:
             trained = [line["step"] for line in _objects(self.metrics_path.read_bytes())] if self.metrics_path.exists() else []
             if max(trained, default=0) > save_every:  # by then the checkpoint of step 0 was on the disk
                 raise UserError(f"{self.path}: holds the record of {max(trained)} steps, but no checkpoint; put its "
-                                f"{self.checkpointing.checkpoints_dir}/ back, choose another run_name, or delete metrics.jsonl to "
-                                "begin anew")
+                                f"{self.checkpointing.checkpoints_dir}/ back, choose another run_name, or delete metrics.jsonl "
+                                "to begin anew")
         dist.on_rank0(check)
 
     def set_metrics_aside(self) -> None:

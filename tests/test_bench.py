@@ -12,6 +12,7 @@ import bench
 import lab
 import train
 from instruments import timing
+from optim import set_learning_rate
 
 SMALL = ("model.d_model=32", "model.n_layers=1", "model.vocab_size=64", "model.attention_n_heads=4",
          "model.attention_n_kv_heads=2", "model.activation_hidden_dim=64")
@@ -19,7 +20,8 @@ SMALL = ("model.d_model=32", "model.n_layers=1", "model.vocab_size=64", "model.a
 
 def trainer(compiled=False, device="cpu"):
     case = bench.Case("tiny", "r4", 0.0, compiled, 2, 16, None)
-    return bench.train_state(case, bench.case_config(case, SMALL), torch.device(device)), torch.randint(64, (2, 17), device=device)
+    state = bench.train_state(case, bench.case_config(case, SMALL), torch.device(device))
+    return state, torch.randint(64, (2, 17), device=device)
 
 
 def test_the_command_measures_and_compares(tmp_path):
@@ -64,7 +66,7 @@ def test_an_update_reads_nothing_from_the_device():
         torch.ones(()).item()
         assert reads.count == 1, "the recorder sees it"
         for _ in range(3):
-            train.set_learning_rate(t)
+            set_learning_rate(t.optimizers, t.step, t.cfg.training, t.cfg.model.relora)
             train.train_step(t, [(0, rows), (1, rows)])
     assert reads.count == 1
 
@@ -77,7 +79,7 @@ def test_an_update_never_waits_for_a_gpu():
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            train.set_learning_rate(t)
+            set_learning_rate(t.optimizers, t.step, t.cfg.training, t.cfg.model.relora)
             train.train_step(t, [(0, rows), (1, rows)])
     finally:
         torch.cuda.set_sync_debug_mode("default")

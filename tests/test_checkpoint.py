@@ -172,7 +172,8 @@ def test_what_the_disk_does_not_give_is_never_taken_for_damage(steps, bad_disk, 
     before = bytes_below(steps)
     bad_disk(steps / "step_10" / name, 99)
     found, complaints = found_in(steps)
-    assert found == steps / "step_9" and len(complaints) == 1 and f"step_10/{name}: cannot be read (Input/output error)" in complaints[0]
+    assert found == steps / "step_9" and len(complaints) == 1
+    assert f"step_10/{name}: cannot be read (Input/output error)" in complaints[0]
     for number in (9, 0):
         bad_disk(steps / f"step_{number}" / name, 99)
     with pytest.raises(Unreadable, match=f"step_10/{name}: cannot be read"):

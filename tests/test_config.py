@@ -125,7 +125,8 @@ def test_an_override_given_twice_is_refused_unless_it_says_the_same():
     assert config_from_dict({}, ["training.seed=1", "training.seed=1"]).training.seed == 1
 
 
-@pytest.mark.parametrize("name", ["2026-11-25", "2026-13-45", "1_1_1", "1e5", "on", "off", "12.30", "0x1F", "exp #2", "5", "~x", "no"])
+@pytest.mark.parametrize("name", ["2026-11-25", "2026-13-45", "1_1_1", "1e5", "on", "off", "12.30", "0x1F", "exp #2", "5",
+                                  "~x", "no"])
 def test_a_name_is_a_name_whatever_yaml_takes_it_for(tmp_path, name):
     assert config_from_dict({}, [f"checkpointing.run_name={name}"]).checkpointing.run_name == name
     path = tmp_path / "config.yaml"

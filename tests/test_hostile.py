@@ -66,7 +66,7 @@ def run(tmp_path_factory, dataset):
 # ---- configurations ------------------------------------------------------------------------------------------------
 
 WRONG = {bool: ["yes please", 3, [True]], int: ["many", 1.5, [1], {"a": 1}, True, -7],
-         float: ["fast", [0.1], {}, ".nan", "-.inf"], str: [5, ["a"], {"b": 2}, True],
+         float: ["fast", [0.1], {}, ".nan", "-.inf"], str: [["a"], {"b": 2}],  # anything else that is plain is a text
          list: ["attention", 5, {"a": 1}], type(None): [{"no": {"such": "key"}}]}
 FINE = {("sequence_idx", -7), ("lora_alpha", 1.5), ("hang_timeout_minutes", 1.5), ("patience_minutes", 1.5),
         ("upload_grace_seconds", 1.5)}

@@ -65,13 +65,15 @@ def test_the_jagged_schedule_is_zero_exactly_at_the_start_and_at_merges(W, R, F,
     assert zero - {0} == {t for t in range(1000) if merge_due(t, cfg.model.relora, W)} and (0 in zero) == (W > 0)
 
 
-@pytest.mark.parametrize("W, T, m, decay", [(100, 1000, 0.1, 0.2), (0, 1000, 0.0, 0.5), (10, 1000, 0.3, 0.0), (10, 1000, 0.0, 1.0),
+@pytest.mark.parametrize("W, T, m, decay", [(100, 1000, 0.1, 0.2), (0, 1000, 0.0, 0.5), (10, 1000, 0.3, 0.0),
+                                            (10, 1000, 0.0, 1.0),
                                             (3, 7, 0.1, 0.3)])
 def test_wsd_is_constant_and_then_falls_to_its_floor(W, T, m, decay):
     D = round(decay * T)
     for t in range(T + 5):
         fall = 1 - (1 - m) * min(max(0, t - (T - D)), D) / D if D else 1
-        assert multiplier(t, schedule(W, T, m=m, kind="wsd", decay=decay)) == pytest.approx(t / W if t < W else fall, abs=1e-12), t
+        found = multiplier(t, schedule(W, T, m=m, kind="wsd", decay=decay))
+        assert found == pytest.approx(t / W if t < W else fall, abs=1e-12), t
 
 
 def test_names_that_no_table_holds_are_refused_not_guessed():

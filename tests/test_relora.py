@@ -33,7 +33,8 @@ def make(optimizer="adamw", **relora):
     torch.manual_seed(0)
     model = PicoDecoder(cfg.model)
     apply_relora(model, cfg.model.relora, 42, faults.layer_type(cfg.model.relora))
-    return SimpleNamespace(cfg=cfg, model=model, optimizers=make_optimizers(model, cfg.training.optimization), ids=torch.randint(64, (8, 16)))
+    optimizers = make_optimizers(model, cfg.training.optimization)
+    return SimpleNamespace(cfg=cfg, model=model, optimizers=optimizers, ids=torch.randint(64, (8, 16)))
 
 
 def update(lab, n=1):

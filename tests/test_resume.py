@@ -48,7 +48,7 @@ def kill_while_staging(runs, name, step):
 
 
 def staged(run, step):
-    return (run / f"checkpoints/.staging-step_{step}").exists()
+    return any((run / "checkpoints").glob(f".staging-step_{step}@*"))
 
 
 def test_killed_while_the_first_checkpoint_is_written_then_a_later_one_then_at_a_random_moment(runs):

@@ -83,8 +83,8 @@ def test_a_late_merge_is_one_step_late():
 
 
 def test_without_faults_the_layer_is_the_layer():
-    assert layer_type(ReLoRAConfig(["x"], 5)) is layer_type(None) is layer_type(ReLoRAConfig(["x"], 5, reference_faults=["late_merge"])) \
-        is ReLoRALinear
+    late = ReLoRAConfig(["x"], 5, reference_faults=["late_merge"])
+    assert layer_type(ReLoRAConfig(["x"], 5)) is layer_type(None) is layer_type(late) is ReLoRALinear
 
 
 @pytest.mark.parametrize("faults", [[], ["kept_scaling"]])

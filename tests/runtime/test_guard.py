@@ -20,7 +20,6 @@ import evaluate
 import lab
 import shards
 import train
-import trainer
 from config import ConfigError
 from hub import parquet
 from instruments import snapshots
@@ -48,22 +47,31 @@ def newest(run):
 
 # ---- told to stop --------------------------------------------------------------------------------------------
 
-MOMENTS = {  # what is going on when the signal comes: the function that is at it, and which of its calls
-    "an update's second micro-batch": (train, "gradient_sync", 4 * 6 + 2), "the evaluation": (evaluate, "losses_of", 4),
-    "a snapshot": (snapshots, "to_device", 6), "a merge": (train, "merge_and_reinit", 1),
-    "the wait for data": (data, "to_device", 4 * 7)}
+MOMENTS = {  # what is going on when the signal comes: the function that is at it, and the event, from (what train.py does, step)
+    "an update's second micro-batch": (train, "gradient_sync", ("train_step", 6)),
+    "the evaluation": (evaluate, "losses_of", ("save", 5)),
+    "a snapshot": (snapshots, "to_device", ("save", 5)), "a merge": (train, "merge_and_reinit", ("merge", 5)),
+    "the wait for data": (data, "to_device", ("next_batch", 7))}
 
 
 def signalled(monkeypatch, moment, number):
     """Send this very process a signal in the middle of a moment."""
-    module, name, call = MOMENTS[moment]
-    function, calls = getattr(module, name), []
+    module, name, event = MOMENTS[moment]
+    function, now, calls = getattr(module, name), [], []
+
+    def noting(what, do):
+        def call(state, *args, **options):
+            now[:] = [(what, state.step)]
+            return do(state, *args, **options)
+        return call
 
     def work(*args, **options):
-        calls.append(1)
-        if len(calls) == call:
+        calls.extend(now)
+        if calls.count(event) == 2 or event in now and moment == "a merge":  # in the midst of it
             os.kill(os.getpid(), number)
         return function(*args, **options)
+    for what in ("train_step", "save", "merge", "next_batch"):
+        monkeypatch.setattr(train, what, noting(what, getattr(train, what)))
     monkeypatch.setattr(module, name, work)
 
 
@@ -87,12 +95,12 @@ def test_a_signal_at_any_moment_costs_nothing(here, monkeypatch, moment, number)
 
 
 def test_a_signal_before_the_first_update_stops_at_once(here, monkeypatch):
-    monkeypatch.setattr(trainer, "build", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+    monkeypatch.setattr(train, "build", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
     here.train("early", code=signals.REQUEUE)
     assert end_of(here.folder / "early") == {"code": 75, "reason": "stopped by SIGTERM before the first update", "step": None}
 
 
-@pytest.mark.parametrize("module, name", [(evaluate, "local_or_hub"), (trainer, "Progress")])
+@pytest.mark.parametrize("module, name", [(evaluate, "local_or_hub"), (train, "Progress")])
 def test_a_signal_while_a_run_is_set_up_is_no_error_in_its_options(here, monkeypatch, module, name):
     """Twice, as impatient schedulers do: the second comes while the first is being told."""
     monkeypatch.setattr(module, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
