@@ -29,15 +29,13 @@ from tqdm import tqdm
 
 from config import ConfigError, config_from_dict
 from instruments import components, measures, report
-from instruments.components import KINDS, AnalysisError, Matrix, Request, Row, bases, matrices, target_of, updates
+from instruments.components import KINDS, AnalysisError, Component, Request, Row, bases, matrices, target_of, updates
+from instruments.measures import MEASURES, PAIRED, SINGLE
 from instruments.snapshots import Snapshots
 from optim import learning_rate_multiplier
 from runtime.command import Parser, command
 from runtime.files import write_text
 
-PAIRED = {"cka": measures.cka, "pwcca": measures.pwcca}
-SINGLE = ("per", "effective_rank", "numerical_rank", "condition_number", "gini", "hoyer", "norm_frobenius", "norm_nuclear",
-          "norm_spectral", "norm_inf")
 FIELDS = ("step", "other_step", "split", "data", "component", "metric", "value", "reason")  # other: compared with, or since
 BATCH = 1 << 23  # entries of matrices whose spectra are computed together: bounds the memory
 
@@ -58,77 +56,72 @@ def steps_read(run: Snapshots, step: int, request: Request) -> list[int]:
     return [step, *([target_of(run, request)] if set(request.metrics) & set(PAIRED) else [])]
 
 
-def measure(run: Snapshots, step: int, request: Request) -> list[Row]:
+def rows_of_step(run: Snapshots, step: int, request: Request) -> list[Row]:
     """What a request asks for at one step, as rows of FIELDS; where there is nothing to measure, a row that says so."""
     single, paired = ([m for m in request.metrics if m in kind] for kind in (SINGLE, PAIRED))
     if request.circuit and request.data == "gradients":
-        return [nothing(step, request, "the OV circuit is a product of two layers, and has no gradient of its own")]
+        return [empty_row(step, request, "the OV circuit is a product of two layers, and has no gradient of its own")]
     rows: list[Row] = []
     if request.data == "updates":
         if paired:
-            return [nothing(step, request, "compares representations of examples: use activations")]
+            return [empty_row(step, request, "compares representations of examples: use activations")]
         for label, base, deltas in updates(run, step, request):
-            rows += measured(deltas, single, {"step": step, "other_step": base, "split": request.split, "data": label})
-        return rows or [nothing(step, request, "there is no such layer, or no snapshot to count from")]
+            rows += single_rows(deltas, single, {"step": step, "other_step": base, "split": request.split, "data": label})
+        return rows or [empty_row(step, request, "there is no such layer, or no snapshot to count from")]
     split, _ = run.load(step, request.split, request.data)
     here = {"step": step, "other_step": None, "split": split, "data": request.data}
     if single:
-        rows += measured(matrices(run, step, request), single, here)
+        rows += single_rows(matrices(run, step, request), single, here)
     if paired:
-        rows += compared(run, step, request, paired, here)
-    return rows or [nothing(step, request, f"the snapshot holds no such {request.data}")]
+        rows += paired_rows(run, step, request, paired, here)
+    return rows or [empty_row(step, request, f"the snapshot holds no such {request.data}")]
 
 
-def nothing(step: int, request: Request, reason: str) -> Row:
+def empty_row(step: int, request: Request, reason: str) -> Row:
     what = "ov_circuit" if request.circuit else ", ".join(request.suffixes) or "every layer"
     return dict(zip(FIELDS, (step, None, request.split, request.data, what, ", ".join(request.metrics), None, reason)))
 
 
-def measured(matrices: Iterable[Matrix], metrics: list[str], here: Row) -> list[Row]:
+def single_rows(found: Iterable[Component], metrics: list[str], here: Row) -> list[Row]:
     """Rows of single-matrix measures; matrices of one shape share a batched SVD, of BATCH entries at most."""
     rows: list[Row] = []
-    waiting: dict[tuple[int, ...], list[Matrix]] = {}
+    waiting: dict[tuple[int, ...], list[Component]] = {}
 
-    def settle(batch: list[Matrix]) -> None:
-        plain = [m for m in batch if m.spectrum is None]
-        spectra = dict(zip([m.name for m in plain], measures.singular_values(torch.stack([m.entries for m in plain])))) \
+    def measure(batch: list[Component]) -> None:
+        plain = [c for c in batch if c.spectrum is None]
+        spectra = dict(zip([c.name for c in plain], measures.singular_values(torch.stack([c.entries for c in plain])))) \
             if plain else {}
-        for matrix in batch:
-            rows.extend(rows_of(matrix, spectra.get(matrix.name, matrix.spectrum), metrics, here))
+        for component in batch:
+            rows.extend(component_rows(component, spectra.get(component.name, component.spectrum), metrics, here))
         batch.clear()
-    for matrix in matrices:
-        batch = waiting.setdefault(tuple(matrix.entries.shape), [])
-        batch.append(matrix)
-        if (len(batch) + 1) * matrix.entries.numel() > BATCH:
-            settle(batch)
+    for component in found:
+        batch = waiting.setdefault(tuple(component.entries.shape), [])
+        batch.append(component)
+        if (len(batch) + 1) * component.entries.numel() > BATCH:
+            measure(batch)
     for batch in waiting.values():
-        settle(batch)
+        measure(batch)
     return rows
 
 
-def rows_of(matrix: Matrix, values: Tensor, metrics: list[str], here: Row) -> Iterator[Row]:
-    found = measures.of_matrix(matrix.entries, values, matrix.noise)
-    reasons = found.get("undefined", {})
+def component_rows(component: Component, values: Tensor, metrics: list[str], here: Row) -> Iterator[Row]:
+    found = measures.of_matrix(component.entries, values, component.noise, metrics)
     spectrum = [float(f"{v:.5g}") for v in values.tolist()] if values.isfinite().all() else None
-    for metric, value, reason in [*((m, found[m], reasons.get(m)) for m in metrics),
-                                  ("spectrum", spectrum, None if spectrum else "the matrix is not finite")]:
-        yield here | {"component": matrix.name, "metric": metric, "value": value, "reason": reason}
+    found["spectrum"] = spectrum, None if spectrum else "the matrix is not finite"
+    for metric, (value, reason) in found.items():
+        yield here | {"component": component.name, "metric": metric, "value": value, "reason": reason}
 
 
-def compared(run: Snapshots, step: int, request: Request, metrics: list[str], here: Row) -> list[Row]:
+def paired_rows(run: Snapshots, step: int, request: Request, metrics: list[str], here: Row) -> list[Row]:
     """Rows of measures of a component's examples at this step and at the target."""
     target, rows = target_of(run, request), []
-    others = {m.name: m.entries for m in matrices(run, target, request)}
-    for matrix in matrices(run, step, request):
+    others = {c.name: c.entries for c in matrices(run, target, request)}
+    for component in matrices(run, step, request):
         for metric in metrics:
-            value, reason = None, None
-            try:
-                value = PAIRED[metric](matrix.entries, others[matrix.name])
-            except KeyError:
-                reason = f"the snapshot of step {target} holds no such layer"
-            except measures.Undefined as why:
-                reason = str(why)
-            rows.append(here | {"other_step": target, "component": matrix.name, "metric": metric, "value": value,
+            value, reason = None, f"the snapshot of step {target} holds no such layer"
+            if component.name in others:
+                value, reason = measures.of_pair(component.entries, others[component.name], metric)
+            rows.append(here | {"other_step": target, "component": component.name, "metric": metric, "value": value,
                                 "reason": reason})
     return rows
 
@@ -147,7 +140,7 @@ def analyse(run: Snapshots, requests: list[Request], steps: Iterable[int], out: 
             try:
                 found = json.loads(cached.read_text(encoding="utf-8"))
             except (OSError, ValueError):  # not there, or damaged
-                found = measure(run, step, request)
+                found = rows_of_step(run, step, request)
                 with contextlib.suppress(OSError):
                     cached.parent.mkdir(parents=True, exist_ok=True)
                     write_text(cached, json.dumps(found, allow_nan=False))
@@ -176,10 +169,9 @@ def _request(metric: dict, component: dict) -> Request:
     name, suffixes, layers = metric["metric_name"], component["layer_suffixes"], component.get("layers")
     if name == "norm":
         name = f"norm_{metric['norm_type'].lower()}"
-    known = (*SINGLE, *PAIRED)
-    if name not in known or component["component_name"] not in ("simple", "ov_circuit") or component["data_type"] not in KINDS:
+    if name not in MEASURES or component["component_name"] not in ("simple", "ov_circuit") or component["data_type"] not in KINDS:
         raise AnalysisError(f"metric {name!r} of {component['component_name']!r} {component['data_type']!r} is not known; "
-                            f"metrics are {', '.join(known)}")
+                            f"metrics are {', '.join(MEASURES)}")
     if not (layers is None or isinstance(layers, list)):
         raise TypeError(f"layers are a list such as [0, 11], not {layers!r}")
     target, split = metric.get("target_checkpoint"), metric.get("data_split", "val")

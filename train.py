@@ -335,7 +335,7 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
     uploader = uploads.Uploader(folder.path, cfg.checkpointing, fresh=saved is None) if sends else None
     saver = checkpoint.Saver(cfg.checkpointing, folder.path, uploader.kick if uploader else lambda: None)
     services = Services(folder, dataset, tokenizer, tokenizer_folder, evaluators, val_rows, saver, uploader, not_llama)
-    notes += [f"the model is no Llama to other programs: {not_llama}; checkpoints keep it under our own names"] if not_llama else []
+    notes += [f"the model is no Llama to other programs: {not_llama}; checkpoints keep our own names"] if not_llama else []
     for note in notes + config.warnings(cfg, dist.world_size(), device.type):
         log.warning(note)
     state = resume(cfg, device, services, found, saved) if saved else start(cfg, device, services, weights)

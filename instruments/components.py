@@ -32,7 +32,8 @@ class Request:
     target: int | None = None  # the step to compare with (None: the last), or that updates are counted from (None: several)
 
 
-class Matrix(NamedTuple):
+class Component(NamedTuple):
+    """A matrix of a snapshot."""
     name: str
     entries: Tensor  # (m, n)
     spectrum: Tensor | None = None  # where there is a shorter way to it than through the entries
@@ -43,7 +44,7 @@ def layer_of(component: str) -> int:
     return int(component.split(".")[1])
 
 
-def matrices(run: Snapshots, step: int, request: Request) -> Iterator[Matrix]:
+def matrices(run: Snapshots, step: int, request: Request) -> Iterator[Component]:
     """What a request asks for at one step, one after another; of updates the effective weights."""
     kind = "weights" if request.data == "updates" else request.data
     _, tensors = run.load(step, request.split, kind)
@@ -54,10 +55,10 @@ def matrices(run: Snapshots, step: int, request: Request) -> Iterator[Matrix]:
         adapter = name.rpartition(".")[2] in ("lora_A", "lora_B", "base")
         fits = any(name.endswith(s) for s in request.suffixes) if request.suffixes else not adapter
         if fits and (request.layers is None or layer_of(name) in request.layers):
-            yield Matrix(name, tensor)
+            yield Component(name, tensor)
 
 
-def _circuits(run: Snapshots, step: int, request: Request, tensors: dict[str, Tensor]) -> Iterator[Matrix]:
+def _circuits(run: Snapshots, step: int, request: Request, tensors: dict[str, Tensor]) -> Iterator[Component]:
     """Heads of the OV circuit: W_O,h W_V,k (D, D), or the head's activations through W_O,h (examples, D)."""
     m = run.config["model"]
     heads, groups = m["attention_n_heads"], m["attention_n_heads"] // m["attention_n_kv_heads"]
@@ -72,7 +73,7 @@ def _circuits(run: Snapshots, step: int, request: Request, tensors: dict[str, Te
             o = o_proj[:, head * size:(head + 1) * size]
             left, right = (tensors[name][:, kv], o.T) if request.data == "activations" else (o, tensors[name][kv])
             low_rank = size <= min(left.shape[0], right.shape[1])
-            yield Matrix(f"layers.{layer}.ov_circuit.heads.{head}", left @ right,
+            yield Component(f"layers.{layer}.ov_circuit.heads.{head}", left @ right,
                          measures.singular_values_of_product(left, right) if low_rank else None)
 
 
@@ -93,11 +94,11 @@ def target_of(run: Snapshots, request: Request) -> int:
     return target
 
 
-def updates(run: Snapshots, step: int, request: Request) -> Iterator[tuple[str, int | None, Iterator[Matrix]]]:
+def updates(run: Snapshots, step: int, request: Request) -> Iterator[tuple[str, int | None, Iterator[Component]]]:
     """(label, base step, differences of effective weights); what rounding of the two leaves is told with each."""
-    def difference(now: Matrix, before: Tensor) -> Matrix:
+    def difference(now: Component, before: Tensor) -> Component:
         noise = measures.EPSILON * (now.entries.norm() + before.norm()).item()
-        return Matrix(now.name, now.entries - before, noise=noise)
+        return Component(now.name, now.entries - before, noise=noise)
     for label, base in bases(run, step, request).items():
         old = {m.name: m.entries for m in matrices(run, base, request)}
         yield label, base, (difference(m, old[m.name]) for m in matrices(run, step, request) if m.name in old)

@@ -7,6 +7,9 @@ A measure that is undefined raises Undefined with the reason; it never returns N
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -63,6 +66,12 @@ def condition_number(values: Tensor, shape: tuple[int, ...], noise: float = 0.0)
     """Largest over smallest singular value, of those that are not 0."""
     kept = nonzero(values, shape, noise)
     return (kept.max() / kept.min()).item()
+
+
+def numerical_rank(matrix: Matrix) -> float:
+    """Singular values that are not 0; of a matrix of zeros none."""
+    values = matrix.spectrum
+    return float((values > tolerance(values, matrix.shape, matrix.noise)).sum()) if values.sum() else 0.0
 
 
 def gini(matrix: Tensor) -> float:
@@ -126,28 +135,62 @@ def span(x: Tensor) -> Tensor:
     return u[:, s > tolerance(s, tuple(x.shape))]
 
 
-def of_matrix(matrix: Tensor, values: Tensor | None = None, noise: float = 0.0) -> dict[str, float | None | dict[str, str]]:
-    """Every measure of one matrix (m, n); one that is undefined is None, with its reason under "undefined".
+# ---- the table -----------------------------------------------------------------------------------------------------
 
-    `values` are its singular values, where they are known already; `noise` is how large one may be by rounding alone.
-    """
-    values = singular_values(matrix) if values is None else values
-    shape, total = tuple(matrix.shape), values.sum().item()
-    measures = {
-        "effective_rank": lambda: effective_rank(values), "per": lambda: proportional_effective_rank(values),
-        "numerical_rank": lambda: float((values > tolerance(values, shape, noise)).sum()) if total else 0.0,
-        "condition_number": lambda: condition_number(values, shape, noise),
-        "gini": lambda: gini(matrix), "hoyer": lambda: hoyer(matrix),
-        "norm_frobenius": lambda: values.square().sum().sqrt().item(), "norm_nuclear": lambda: total,
-        "norm_spectral": lambda: values.max().item(), "norm_inf": lambda: matrix.abs().max().item(),
-    }
-    result: dict = {}
-    for name, measure in measures.items():
-        try:
-            if not values.isfinite().all():
-                raise Undefined("the matrix is not finite")
-            result[name] = measure()
-        except Undefined as why:
-            result[name] = None
-            result.setdefault("undefined", {})[name] = str(why)
-    return result
+class Matrix(NamedTuple):
+    """One matrix to measure."""
+    entries: Tensor  # (m, n)
+    spectrum: Tensor  # its singular values, float64, in falling order
+    noise: float = 0.0  # singular values up to this may be rounding
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.entries.shape)
+
+
+class Measure(NamedTuple):
+    """How something is measured, what it is called in a figure, and how it is drawn there."""
+    function: Callable[..., float]  # of a Matrix, or of the activations (n, p) and (n, q) of two snapshots; may raise Undefined
+    label: str
+    scale: str = "from zero"  # or `fraction`, from 0 to 1, or `log`
+
+
+# one more measure is one more line
+SINGLE: dict[str, Measure] = {
+    "effective_rank": Measure(lambda m: effective_rank(m.spectrum), "effective rank"),
+    "numerical_rank": Measure(lambda m: numerical_rank(m), "numerical rank"),
+    "per": Measure(lambda m: proportional_effective_rank(m.spectrum), "PER", "fraction"),
+    "condition_number": Measure(lambda m: condition_number(m.spectrum, m.shape, m.noise), "condition number", "log"),
+    "gini": Measure(lambda m: gini(m.entries), "Gini"),
+    "hoyer": Measure(lambda m: hoyer(m.entries), "Hoyer", "fraction"),
+    "norm_frobenius": Measure(lambda m: m.spectrum.square().sum().sqrt().item(), "Frobenius norm"),
+    "norm_nuclear": Measure(lambda m: m.spectrum.sum().item(), "nuclear norm"),
+    "norm_spectral": Measure(lambda m: m.spectrum.max().item(), "spectral norm"),
+    "norm_inf": Measure(lambda m: m.entries.abs().max().item(), "largest |entry|"),
+}
+PAIRED: dict[str, Measure] = {
+    "cka": Measure(cka, "CKA", "fraction"),
+    "pwcca": Measure(pwcca, "PWCCA", "fraction"),
+}
+MEASURES = SINGLE | PAIRED
+
+
+def of_matrix(entries: Tensor, spectrum: Tensor | None = None, noise: float = 0.0,
+              metrics: Iterable[str] = tuple(SINGLE)) -> dict[str, tuple[float | None, str | None]]:
+    """{metric: (value, None)}, or (None, why it is undefined), of one matrix (m, n) whose spectrum may be known already."""
+    matrix = Matrix(entries, singular_values(entries) if spectrum is None else spectrum, noise)
+    return {name: _measured(lambda: SINGLE[name].function(matrix), matrix.spectrum) for name in metrics}
+
+
+def of_pair(x: Tensor, y: Tensor, metric: str) -> tuple[float | None, str | None]:
+    """(value, None), or (None, why it is undefined), of activations (n, p) and (n, q) on the same n examples."""
+    return _measured(lambda: PAIRED[metric].function(x, y), x.new_zeros(0))
+
+
+def _measured(measure: Callable[[], float], spectrum: Tensor) -> tuple[float | None, str | None]:
+    try:
+        if not spectrum.isfinite().all():
+            raise Undefined("the matrix is not finite")
+        return measure(), None
+    except Undefined as why:
+        return None, str(why)

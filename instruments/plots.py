@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 
 from config import UserError
 from instruments.components import Row, layer_of
+from instruments.measures import MEASURES, PAIRED
 
-LABELS = {"effective_rank": "effective rank", "numerical_rank": "numerical rank", "per": "PER", "cka": "CKA", "pwcca": "PWCCA",
-          "condition_number": "condition number", "gini": "Gini", "hoyer": "Hoyer", "norm_frobenius": "Frobenius norm",
-          "norm_nuclear": "nuclear norm", "norm_spectral": "spectral norm", "norm_inf": "largest |entry|"}
+LABELS = {name: measure.label for name, measure in MEASURES.items()}
 RANKS = ("effective_rank", "numerical_rank")
-FRACTIONS = ("per", "cka", "pwcca", "hoyer")  # drawn from 0 to 1
 CIRCUIT = "OV circuit, heads"
 LEGEND = 12  # names; more layers than that are told by a bar of colours
 CHAPTERS = {  # data: what to know of it
@@ -109,7 +107,7 @@ def curves(rows: Iterable[Row], data: str, metric: str) -> dict[str, dict[int, d
 
 
 def average(values: list[float], metric: str) -> float:
-    return statistics.geometric_mean(values) if metric == "condition_number" else statistics.fmean(values)
+    return statistics.geometric_mean(values) if MEASURES[metric].scale == "log" else statistics.fmean(values)
 
 
 def layer_lines(plt, by_layer: dict[int, dict[int, list[float]]], metric: str, depth: int) -> list[Line]:
@@ -131,7 +129,7 @@ def run_line(label: str, colour: Any, by_layer: dict[int, dict[int, list[float]]
 
 def axis_labels(rows: list[Row]) -> dict[str, str]:
     """{metric: its label}; a similarity's says with what."""
-    others = {row["metric"]: row["other_step"] for row in rows if row["metric"] in ("cka", "pwcca")}
+    others = {row["metric"]: row["other_step"] for row in rows if row["metric"] in PAIRED}
     return LABELS | {metric: f"{LABELS[metric]} with step {step}" for metric, step in others.items() if step is not None}
 
 
@@ -188,9 +186,9 @@ def sheet(plt, lines: dict[str, dict[str, list[Line]]], title: str, labels: dict
 
 def scale(axis, metric: str, largest: float) -> None:
     """Condition numbers span decades; a fraction is read against 0 and 1, a rank or a norm against 0."""
-    if metric == "condition_number":
+    if MEASURES[metric].scale == "log":
         axis.set_yscale("log")
-    elif metric in FRACTIONS:
+    elif MEASURES[metric].scale == "fraction":
         axis.set_ylim(-0.03, 1.03)
     else:
         axis.set_ylim(0, 1.08 * largest or 1)

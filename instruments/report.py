@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from instruments.components import Row, layer_of
+from instruments.measures import PAIRED
 from instruments.plots import (
     CHAPTERS,
     CIRCUIT,
@@ -112,7 +113,7 @@ def undefined_table(rows: list[Row]) -> str:
     return table(["data", "measure", "values", "why"], [[d, m, str(n), why] for (d, m, why), n in counts.items()])
 
 
-def facts(config: dict, rows: list[Row]) -> str:
+def run_summary(config: dict, rows: list[Row]) -> str:
     """What one must know of a run to read its figures."""
     m, o = config["model"], config["training"].get("optimization", {})
     relora = m.get("relora")
@@ -142,7 +143,7 @@ def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: lis
 
     def lines(data: str, metrics: Iterable[str]) -> dict[str, dict[str, list[Line]]]:
         return {m: {part: layer_lines(plt, layers, m, depth) for part, layers in curves(rows, data, m).items()} for m in metrics}
-    page.chapter("Training", facts(config, rows), page.picture("training", plot_training(plt, run, rates)))
+    page.chapter("Training", run_summary(config, rows), page.picture("training", plot_training(plt, run, rates)))
     ranks = sheet(plt, lines("updates since the start", RANKS), "Rank of the cumulative update", LABELS,
                   rank_bounds(config, rows, merges), merges)
     page.chapter("Does the rank of the update grow?", "Effective weight minus that of the first snapshot. Dotted: merges; "
@@ -195,6 +196,6 @@ def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], out: P
                 for part, layers in curves(rows, data, metric).items():
                     parts[part].append(run_line(name, f"C{number}", layers, metric))
         figure = sheet(plt, lines, f"{data.capitalize()}: mean over layers, and their range",
-                       LABELS | {metric: f"{LABELS[metric]} with the last step" for metric in ("cka", "pwcca")})
+                       LABELS | {metric: f"{LABELS[metric]} with the last step" for metric in PAIRED})
         page.chapter(data.capitalize(), CHAPTERS.get(data, ""), page.picture(data.replace(" ", "_"), figure))
     return page.write()

@@ -13,6 +13,15 @@ SMALL = torch.tensor([[3.0, 0.0], [4.0, 5.0]])  # singular values sqrt 45 and sq
 X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [2.0, 2.0], [-2.0, -2.0]])
 
 
+def values_of(matrix, *args, **options):
+    return {name: value for name, (value, _) in of_matrix(matrix, *args, **options).items()}
+
+
+def test_only_what_is_asked_for_is_measured(monkeypatch):
+    monkeypatch.setitem(measures.SINGLE, "gini", measures.Measure(lambda m: pytest.fail("it was not asked for"), "Gini"))
+    assert list(of_matrix(torch.eye(3), metrics=["per", "norm_inf"])) == ["per", "norm_inf"]
+
+
 def with_spectrum(values, rows, columns, seed=0):
     made = torch.Generator().manual_seed(seed)
     u = torch.linalg.qr(torch.randn(rows, len(values), generator=made, dtype=torch.float64))[0]
@@ -21,7 +30,7 @@ def with_spectrum(values, rows, columns, seed=0):
 
 
 def test_the_identity():
-    found = of_matrix(torch.eye(7))
+    found = values_of(torch.eye(7))
     assert found["effective_rank"] == pytest.approx(7) and found["per"] == pytest.approx(1)
     assert found["numerical_rank"] == 7 and found["condition_number"] == pytest.approx(1)
     assert found["norm_frobenius"] == pytest.approx(math.sqrt(7)) and found["norm_nuclear"] == pytest.approx(7)
@@ -31,7 +40,7 @@ def test_the_identity():
 
 
 def test_rank_one_is_one_and_well_conditioned_on_its_non_zero_part():
-    found = of_matrix(torch.outer(torch.arange(1.0, 6), torch.arange(2.0, 10)))
+    found = values_of(torch.outer(torch.arange(1.0, 6), torch.arange(2.0, 10)))
     assert found["effective_rank"] == pytest.approx(1, abs=1e-5) and found["numerical_rank"] == 1
     assert found["condition_number"] == pytest.approx(1) and found["per"] == pytest.approx(1 / 5, abs=1e-5)
 
@@ -39,7 +48,7 @@ def test_rank_one_is_one_and_well_conditioned_on_its_non_zero_part():
 @pytest.mark.parametrize("spectrum", [[1.0, 1.0, 1.0, 1.0], [8.0, 4.0, 2.0, 1.0], [10.0, 1e-2, 1e-3]])
 def test_a_known_spectrum(spectrum):
     p = [s / sum(spectrum) for s in spectrum]
-    found = of_matrix(with_spectrum(spectrum, 9, 12))
+    found = values_of(with_spectrum(spectrum, 9, 12))
     assert found["effective_rank"] == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)), rel=1e-6)
     assert found["per"] == pytest.approx(found["effective_rank"] / 9) and found["numerical_rank"] == len(spectrum)
     assert found["condition_number"] == pytest.approx(spectrum[0] / spectrum[-1], rel=1e-6)
@@ -83,9 +92,9 @@ def test_rotation_scale_and_shift_change_nothing_and_permuted_examples_much(meas
 
 @pytest.mark.parametrize("matrix", [torch.zeros(3, 4), torch.zeros(2, 2)])
 def test_what_is_undefined_says_so(matrix):
-    found = of_matrix(matrix)
+    found = values_of(matrix)
     assert found["effective_rank"] is found["condition_number"] is found["gini"] is found["hoyer"] is None
-    assert set(found["undefined"]) == {"effective_rank", "per", "condition_number", "gini", "hoyer"}
+    assert {name for name, value in found.items() if value is None} == {"effective_rank", "per", "condition_number", "gini", "hoyer"}
     assert found["numerical_rank"] == 0 and found["norm_nuclear"] == 0
 
 
@@ -117,7 +126,8 @@ def test_what_rounding_leaves_of_two_weights_is_no_rank():
     update = 1e-4 * torch.randn(128, 3, generator=made) @ torch.randn(3, 256, generator=made) / 128
     difference = (weight + update) - weight
     noise = 2 * measures.EPSILON * weight.norm().item()
-    assert of_matrix(difference)["numerical_rank"] == 128 and of_matrix(difference, noise=noise)["numerical_rank"] == 3
+    assert values_of(difference)["numerical_rank"] == 128
+    assert values_of(difference, noise=noise)["numerical_rank"] == 3
 
 
 def test_low_rank_features_need_only_as_many_examples_as_their_rank():
@@ -130,8 +140,7 @@ def test_what_is_not_finite_is_undefined_and_spoils_nothing_beside_it(bad):
     spoilt = torch.eye(3)
     spoilt[1, 2] = bad
     values = singular_values(torch.stack([spoilt, torch.eye(3)]))
-    found = of_matrix(spoilt, values[0])
-    assert set(found.pop("undefined").values()) == {"the matrix is not finite"} and set(found.values()) == {None}
+    assert set(of_matrix(spoilt, values[0]).values()) == {(None, "the matrix is not finite")}
     assert values[1].tolist() == [1, 1, 1]
     for pair in (cka, pwcca):
         with pytest.raises(Undefined, match="not finite"):
