@@ -7,7 +7,7 @@ BIN = .venv/bin
 .PHONY: demo test soak clean
 
 demo: .venv/.installed
-	$(BIN)/python shards.py stdlib --out data/stdlib
+	$(BIN)/python shards.py stdlib --out corpora/stdlib
 	$(BIN)/torchrun --standalone --nproc_per_node=2 train.py config/demo.yaml
 	$(BIN)/python sample.py runs/demo --prompt "def " --prompt "import " --tokens 120
 	@echo
@@ -27,7 +27,7 @@ soak: .venv/.installed-dev
 	$(BIN)/python tests/soak.py --kills 30
 
 clean:
-	rm -rf data/stdlib runs/demo
+	rm -rf corpora/stdlib runs/demo
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -4,7 +4,7 @@ A dataset folder holds one folder a split (`train`, `val`), each with `index.jso
 uint16 arrays (uint32 where ids go above 65,535) of shape (rows, row_length). shards.py makes them. Batch s is rows
 [s G, (s+1) G) for global batch size G, whatever the number of ranks; past the last row a new epoch begins.
 
-    train = TokenDataset("data/stdlib", "train")
+    train = TokenDataset("corpora/stdlib", "train")
     rows = train.batch(step=10, batch_size=16)     # (16, row_length), any step in O(1)
 """
 

@@ -107,16 +107,16 @@ class Top1(ValLoss):
 EVALUATORS: dict'''
 EDITS = {  # what is edited: {file: [(old, new), ...]}, and the words of the run
     "a new part in the model": ({"model.py": [
-        ("        self.q_proj = Linear", "        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, cfg.norm_eps) for _ in range(2))\n"
-                                       "        self.q_proj = Linear"),
+        ("        self.q_proj = Linear", "        self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps)\n        self.k_norm = "
+                                       "RMSNorm(self.head_dim, cfg.norm_eps)\n        self.q_proj = Linear"),
         ("rotate(self.q_proj(x).view(B, T, self.heads, -1), cos",
          "rotate(self.q_norm(self.q_proj(x).view(B, T, self.heads, -1)), cos"),
         ("rotate(self.k_proj(x).view(B, T, self.kv_heads, -1), cos",
          "rotate(self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, -1)), cos")]}, []),
     "another formula": ({"model.py": [("F.silu(self.w_0(x))", "F.gelu(self.w_0(x))")]}, []),
     "an optimizer": ({"optim.py": [("\nOPTIMIZERS: dict", LION),
-                                   ('"muon": muon,', '"muon": muon,\n    "lion": lambda params, cfg: [Lion(params.values(), cfg.lr, '
-                                                     'cfg.betas)],')],
+                                   ('"muon": muon,', '"muon": muon,\n    "lion": lambda params, cfg: [Lion(params.values(), '
+                                                     'cfg.lr, cfg.betas)],')],
                       "config/__init__.py": [('"sgd", "muon"]', '"sgd", "muon", "lion"]')]},
                      ["training.optimization.optimizer=lion", "training.optimization.lr=1e-3"]),
     "a schedule": ({"optim.py": [('"wsd": wsd,', '"wsd": wsd,\n    "inverse_sqrt": lambda step, span: '
