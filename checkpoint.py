@@ -138,7 +138,7 @@ class Saver:
             mark_latest(folder)
             prune_training_states(self.folder, self.cfg)
         except (OSError, UserError) as error:  # the checkpoint is there; `latest` is put right at the next start
-            log.warning(f"{folder.parent}: cannot be tidied ({error})")
+            log.warning(f"{folder.parent}: cannot be tidied ({getattr(error, 'strerror', error)})")
         self.published()
 
     def extend(self, step: int, part: str, contents: dict[str, Any]) -> None:

@@ -69,7 +69,8 @@ class Services:
     uploader: uploads.Uploader | None
     not_llama: str | None  # why the model is no Llama to others
     saved: int | None = None  # the step of the newest training state
-    derived: int | None = None  # the step of the newest evaluation and snapshots
+    evaluated: int | None = None  # of the newest evaluation
+    snapshot: int | None = None  # of the newest snapshots
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def loop(state: TrainState, services: Services, batches: BatchLoader) -> None:
     state.progress.start_window(state.step)
     while True:
         due = state.step % cfg.checkpointing.save_every_n_steps == 0 or state.step == cfg.last_step
-        snapshot = due and services.derived != state.step and cfg.checkpointing.learning_dynamics is not None
+        snapshot = due and services.snapshot != state.step and cfg.checkpointing.learning_dynamics is not None
         if state.step < cfg.last_step or snapshot:
             batch = next_batch(state, services, batches)  # before the snapshot, which looks at the same rows and could not wait
         if due:
@@ -212,8 +213,8 @@ def record_progress(state: TrainState, services: Services, batches: BatchLoader)
 # ---- merging -------------------------------------------------------------------------------------------------
 
 def merge_is_due(state: TrainState) -> bool:
-    step, relora = state.step - faults.merge_delay(state.cfg.model.relora), state.cfg.model.relora
-    return state.progress.merged_at != state.step and merge_due(step, relora, state.cfg.training.optimization.lr_warmup_steps)
+    relora, warmup = state.cfg.model.relora, state.cfg.training.optimization.lr_warmup_steps
+    return state.progress.merged_at != state.step and merge_due(state.step - faults.merge_delay(relora), relora, warmup)
 
 
 def merge(state: TrainState, services: Services) -> None:
@@ -266,16 +267,17 @@ def save(state: TrainState, services: Services) -> None:
     """The training state first; then what is derived from it, which a kill or too little memory may spoil."""
     if services.saved != state.step:
         save_state(state, services)
-    if services.derived != state.step:
+    if services.evaluated != state.step:
         results = evaluate.run_evaluators(services.evaluators, state.model, f"step {state.step}: ")
         if results:
             services.folder.save_evaluation(state.step, results)
             services.folder.record({"step": state.step} | evaluate.flat_metrics(results))
-        if (dynamics := state.cfg.checkpointing.learning_dynamics) is not None:
-            rows = {"train": services.dataset.batch(state.step, state.cfg.data.dataloader.batch_size), "val": services.val_rows}
-            found = snapshots.snapshots_of(state.model, state.optimizers, rows, dynamics, services.tokenizer, state.device)
-            services.saver.extend(state.step, state.cfg.checkpointing.learning_dynamics_dir, found)
-        services.derived = state.step
+        services.evaluated = state.step
+    if services.snapshot != state.step and (dynamics := state.cfg.checkpointing.learning_dynamics) is not None:
+        rows = {"train": services.dataset.batch(state.step, state.cfg.data.dataloader.batch_size), "val": services.val_rows}
+        found = snapshots.snapshots_of(state.model, state.optimizers, rows, dynamics, services.tokenizer, state.device)
+        services.saver.extend(state.step, state.cfg.checkpointing.learning_dynamics_dir, found)
+        services.snapshot = state.step
 
 
 def save_state(state: TrainState, services: Services) -> None:
@@ -285,7 +287,8 @@ def save_state(state: TrainState, services: Services) -> None:
     whole = checkpoint.gather_state(state.model, state.optimizers)
     services.saved = state.step
     if dist.rank() == 0:
-        data = services.dataset.state | {"next_row": state.step * state.cfg.data.dataloader.batch_size}
+        data = services.dataset.state | {"next_row": state.step * state.cfg.data.dataloader.batch_size,
+                                         "micro_rows": state.cfg.micro_batches(dist.world_size())[0]}
         whole |= {"step": state.step, "config": to_dict(state.cfg), "progress": state.progress.state(), "data": data,
                   "random": {"seed": state.cfg.training.seed},  # from which, with the step, all randomness follows
                   **services.folder.sync_metrics()}
@@ -313,14 +316,13 @@ def save_before_ending(state: TrainState, services: Services) -> None:
 
 def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainState, Services]:
     """Open data, run folder and evaluation; resume, or start. Raises UserError before anything is trained."""
-    dynamics = cfg.checkpointing.learning_dynamics
-    model = architecture.skeleton(cfg.model)  # an option that names layers which it has not is refused here
-    if dynamics is not None:
+    model, dynamics = architecture.skeleton(cfg.model), cfg.checkpointing.learning_dynamics
+    if dynamics is not None:  # an option that names layers which the model has not is refused before all else
         snapshots.chosen_layers(model, dynamics.layer_suffixes)
     folder.lock()
     found, saved, notes = checkpoint.resume(folder.path / cfg.checkpointing.checkpoints_dir, cfg.checkpointing)
     if saved is not None:
-        notes += config.check_resume(saved["config"], cfg, found)
+        notes += config.check_resume(saved, cfg, dist.world_size(), found)
     elif not notes:  # else its checkpoints are there, and are damaged
         folder.check_no_record(cfg.checkpointing.save_every_n_steps)
     dataset = streaming.open_dataset(cfg.data, cfg.model, saved["step"] if saved else 0, saved["data"] if saved else None)
@@ -357,10 +359,11 @@ def resume(cfg: Config, device: torch.device, services: Services, found: Path, s
     state.step = services.saved = saved["step"]
     if state.progress.merged_at == state.step:
         faults.repeat_reset(state.model, cfg.training.seed, state.step)
-    evaluated = services.folder.rewind_metrics(state.step, saved["metrics_bytes"], saved.get("metrics_sha256"))
-    dynamics = cfg.checkpointing.learning_dynamics and cfg.checkpointing.learning_dynamics_dir
-    if dist.on_rank0(lambda: (evaluated or not cfg.evaluation.metrics) and (not dynamics or checkpoint.holds(found, dynamics))):
-        services.derived = state.step
+    if services.folder.rewind_metrics(state.step, saved["metrics_bytes"], saved.get("metrics_sha256")):
+        services.evaluated = state.step
+    if dist.on_rank0(lambda: checkpoint.holds(found, cfg.checkpointing.learning_dynamics_dir)):
+        services.snapshot = state.step
+    log.info(f"resumed at step {state.step}")
     return state
 
 
@@ -395,8 +398,6 @@ def build(cfg: Config, device: torch.device, adapters: bool, weights: dict[str, 
 
 
 def describe(state: TrainState, services: Services) -> None:
-    if services.saved is not None:
-        log.info(f"resumed at step {state.step}")
     micro, accumulation = state.cfg.micro_batches(dist.world_size())
     log.info(f"{state.model.num_parameters():,} parameters, {state.model.num_parameters(trainable_only=True):,} trainable; "
              f"{dist.world_size()} x {state.device.type}, {wrapping(state.wrapped)}, {state.precision}")

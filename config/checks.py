@@ -116,13 +116,13 @@ def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
     return flat(dataclasses.asdict(build(Config, tree)))
 
 
-def check_resume(saved: dict[str, Any], cfg: Config, source: Any) -> list[str]:
-    """What a run taken up at the checkpoint `source` changes of its course, one sentence each.
+def check_resume(saved: dict[str, Any], cfg: Config, world: int, source: Any) -> list[str]:
+    """What a run taken up on `world` ranks at the checkpoint `source`, whose state is `saved`, changes of its course.
 
-    Raises ConfigError where `cfg` is of another run than the checkpoint's own, `saved`.
+    One sentence each. Raises ConfigError where `cfg` is of another run.
     """
     try:
-        before = flat(dataclasses.asdict(_rebuild(saved)))
+        before = flat(dataclasses.asdict(_rebuild(saved["config"])))
     except (ConfigError, TypeError, AttributeError) as error:
         raise ConfigError(f"{source}: holds no configuration of this lab ({error})") from None
     now = flat(dataclasses.asdict(cfg))
@@ -132,6 +132,10 @@ def check_resume(saved: dict[str, Any], cfg: Config, source: Any) -> list[str]:
         raise ConfigError(f"{source}: is of another run ({'; '.join(fixed)}); put these back, or choose another "
                           f"checkpointing.run_name")
     notes = [f"{told[key]} bends the course of the run from here on" for key in differing if key in _CHANGE_RESULTS]
+    before_rows, rows = saved["data"].get("micro_rows"), cfg.micro_batches(world)[0]
+    if cfg.model.relora is not None and cfg.model.relora.lora_dropout and before_rows not in (None, rows):
+        notes.append(f"micro-batches of {before_rows} rows -> {rows}: dropout is drawn for each, so from here on the run is "
+                     f"another draw; training.micro_batch_size={before_rows} goes on as it was")
     notes += [f"{told[key]} changes the rounding of the run from here on" for key in differing if key in _CHANGE_ROUNDING]
     return notes
 

@@ -7,6 +7,7 @@ A measure that is undefined raises Undefined with the reason; it never returns N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -191,6 +192,9 @@ def _measured(measure: Callable[[], float], spectrum: Tensor) -> tuple[float | N
     try:
         if not spectrum.isfinite().all():
             raise Undefined("the matrix is not finite")
-        return measure(), None
+        value = float(measure())
+        if not math.isfinite(value):
+            raise Undefined(f"the measure gave {value}")
     except Undefined as why:
         return None, str(why)
+    return value, None

@@ -3,33 +3,100 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import ConfigError, flat
+from config import ConfigError, UserError, flat
 from runtime import dist
 from runtime.log import log
 
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # by a part of the GPU's name
+LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE"}  # how many each says that it started
 ROOMS = ("config", "runtime", "hub", "instruments")  # the folders of this project's code
 
 
+# ---- devices ---------------------------------------------------------------------------------------------------
+
 def pick_device(wanted: str = "auto") -> torch.device:
-    """The device of this rank: `wanted` (cuda, mps, cpu) if it is there, otherwise the best that is."""
+    """The device of this rank: `wanted` (cuda, mps, cpu) if it is there, otherwise the best that is.
+
+    Raises UserError where processes and GPUs do not fit, or this torch has no kernels for the GPU.
+    """
+    check_launcher()
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and dist.world_size() == 1,
              "cpu": True}
     kind = wanted if there.get(wanted) else next(k for k, is_there in there.items() if is_there)
-    return torch.device(kind, dist.local_rank()) if kind == "cuda" else torch.device(kind)
+    if kind != "cuda":
+        return torch.device(kind)
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(f"torchrun started {processes} processes here, and this machine has {gpus} GPU{'s' * (gpus > 1)}; start "
+                        f"it with --nproc_per_node={gpus}, or train on the CPU with training.fabric.accelerator=cpu")
+    device = torch.device(kind, dist.local_rank())
+    capability, built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if not has_kernels(capability, built):
+        raise UserError(f"{torch.cuda.get_device_name(device)}, of compute capability {capability[0]}.{capability[1]}, is not "
+                        f"among what this torch {torch.__version__} is built for ({', '.join(built)}); install one that is, or "
+                        "train on the CPU with training.fabric.accelerator=cpu")
+    return device
+
+
+def has_kernels(capability: tuple[int, int], built: list[str]) -> bool:
+    """Whether code built for `built` (sm_80, compute_90 ...) runs on a GPU of this compute capability.
+
+    Binary code (sm) runs on later minor versions of its major one, PTX (compute) on whatever is later.
+    """
+    for name in built:
+        kind, _, number = name.partition("_")
+        digits = "".join(c for c in number if c.isdigit())  # sm_90a
+        made = int(digits[:-1] or 0), int(digits[-1:] or 0)
+        if made <= capability and (kind == "compute" or made[0] == capability[0]):
+            return True
+    return False
+
+
+def check_launcher() -> None:
+    """Raise UserError where a launcher started several processes without telling torch their places."""
+    if "RANK" in os.environ:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if dist.world_size() > 1 and "LOCAL_RANK" not in os.environ:
+            missing.append("LOCAL_RANK")
+        if missing:
+            raise UserError(f"RANK is set, and {', '.join(missing)} not: start with torchrun, which sets all of them, or unset "
+                            "RANK to train in one process")
+        return
+    for launcher, name in LAUNCHERS.items():
+        if int(os.environ.get(name, 1)) > 1:
+            raise UserError(f"{launcher} started {os.environ[name]} copies of this command, which would all be the same run; "
+                            "have it start one torchrun a machine (as slurm/train.sbatch does), or a single task")
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """What a run computes in: bf16 products are many times slower on a CPU."""
-    if device.type == "cpu" and wanted != "32-true":
-        log.info(f"precision {wanted} is slow on a CPU: training in 32-true")
+    """What a run computes in: bf16 products are many times slower where the device only emulates them."""
+    emulated = device.type == "cpu" or device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    if emulated and wanted != "32-true":
+        log.info(f"precision {wanted} is slow on {'a CPU' if device.type == 'cpu' else 'this GPU, which has no bf16'}: training "
+                 "in 32-true")
         return "32-true"
     return wanted
+
+
+def choose_compile(wanted: bool | None, device: torch.device) -> bool:
+    """Whether blocks are compiled: as `wanted`, or where it pays and can be done."""
+    if wanted is False or wanted is None and device.type != "cuda":
+        return False
+    compiler = shutil.which(os.environ.get("CC", "")) or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    missing = [what for what, there in (("a C compiler (gcc)", compiler), ("Python's headers (python3-dev)", headers.exists()))
+               if not there]
+    if missing:
+        log.warning(f"training.compile: needs {' and '.join(missing)}, which this machine has not; training without it, slower")
+    return not missing
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -37,6 +104,8 @@ def peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
+
+# ---- equal ranks -----------------------------------------------------------------------------------------------
 
 def same_everywhere(options: dict[str, Any]) -> None:
     """Raise ConfigError unless all ranks run with the same options, the same code and the same torch."""

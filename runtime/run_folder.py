@@ -169,14 +169,15 @@ class RunFolder:
         if self.writes and self.metrics_path.exists():
             log.warning(f"the record so far of {self.path} is kept as {files.set_aside(self.metrics_path).name}")
 
-    def rewind_metrics(self, step: int, size: int, sha256: str | None = None) -> dict[str, Any]:
+    def rewind_metrics(self, step: int, size: int, sha256: str | None = None) -> bool:
         """Drop the lines that were written after the checkpoint of `step`, which counted `size` bytes; its own evaluation stays.
 
         Where the record is not the one that was counted, it is kept aside, and what makes sense of it is taken over. Returns
-        the evaluation's line, or {}. Only rank 0 has it.
+        whether it holds the evaluation of `step`. Every rank must call it.
         """
-        if not self.writes:
-            return {}
+        return dist.on_rank0(lambda: self._rewind(step, size, sha256))
+
+    def _rewind(self, step: int, size: int, sha256: str | None) -> bool:
         text = self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
         counted, after = text[:size], _objects(text[size:])
         if len(counted) < size or sha256 not in (None, hashlib.sha256(counted).hexdigest()):
@@ -185,11 +186,12 @@ class RunFolder:
             counted = "".join(f"{line}\n" for line in kept).encode()
             log.warning(f"{self.metrics_path}: is not what the checkpoint of step {step} counted on (a disk that lost it?); kept "
                         f"as {aside}, and {len(kept)} of its lines taken over: the record before step {step} may have gaps")
-        evaluation = next((line for line in after if line["step"] == step and any(k.startswith("eval/") for k in line)), {})
-        lines = json.dumps(evaluation) + "\n" if evaluation else ""
-        if counted + lines.encode() != text:
-            files.write_text(self.metrics_path, counted.decode() + lines)
-        return evaluation
+        def evaluates(line: dict[str, Any]) -> bool:
+            return line["step"] == step and any(key.startswith("eval/") for key in line)
+        later = next((json.dumps(line) + "\n" for line in after if evaluates(line)), "")
+        if counted + later.encode() != text:
+            files.write_text(self.metrics_path, counted.decode() + later)
+        return bool(later) or any(map(evaluates, _objects(counted[-(1 << 16):])))
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, and mirror it to W&B if that is on."""

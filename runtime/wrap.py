@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import TrainingConfig
 from runtime import dist
+from runtime.machine import choose_compile
 
 
 def parallelize(model: nn.Module, blocks: Iterable[nn.Module], cfg: TrainingConfig, device: torch.device) -> nn.Module:
@@ -23,7 +24,7 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], cfg: TrainingConf
     FSDP2 shards each block as a group; the rest stays with the root, whose forward needs the whole head weight for the
     chunked loss.
     """
-    if cfg.compile if cfg.compile is not None else device.type == "cuda":
+    if choose_compile(cfg.compile, device):
         for block in blocks:
             block.compile()
     if dist.world_size() == 1:

@@ -20,7 +20,7 @@ import evaluate
 import lab
 import shards
 import train
-from config import ConfigError
+from config import ConfigError, load_config
 from hub import parquet
 from instruments import snapshots
 from runtime import dist, files, locks, machine, run_folder, signals
@@ -67,7 +67,7 @@ def signalled(monkeypatch, moment, number):
 
     def work(*args, **options):
         calls.extend(now)
-        if calls.count(event) == 2 or event in now and moment == "a merge":  # in the midst of it
+        if event in now and len(set(calls)) and calls.count(event) == 1:
             os.kill(os.getpid(), number)
         return function(*args, **options)
     for what in ("train_step", "save", "merge", "next_batch"):
@@ -233,23 +233,40 @@ def test_two_agents_meet_by_c10d_and_train_as_one(here, worlds):
     here.same_end("agents", "ddp")
 
 
+@pytest.mark.parametrize("words, name", [([], "slurm-7"), (["checkpointing.run_name=mine"], "mine")])
 @pytest.mark.parametrize("code, requeued", [(75, True), (0, False), (1, False), (None, False)])
-def test_the_slurm_script_requeues_what_was_preempted_and_nothing_else(tmp_path, code, requeued):
+def test_the_slurm_script_requeues_what_was_preempted_and_nothing_else(tmp_path, code, requeued, words, name):
     """The real script in a real shell; srun and scontrol, which only a cluster has, are stand-ins that take notes."""
-    (tmp_path / "runs/slurm-7").mkdir(parents=True)
-    (tmp_path / "runs/slurm-7/exit.json").write_text('{"code": 75}')  # of the start before, which was preempted
+    runs = tmp_path / "elsewhere"
+    end = runs / name / "exit.json"
+    end.parent.mkdir(parents=True)
+    end.write_text('{"code": 75}')  # of the start before, which was preempted
     told = f'{{"code": {code}, "step": 3}}'
-    for name, body in (("srun", f"[ '{code}' = None ] || echo '{told}' > runs/slurm-7/exit.json; exit 1"),
-                       ("scontrol", '[ "$1" = show ] && echo "$3" || echo "$@" >> scontrol.txt')):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    took_notes = f"echo \"$@\" > {tmp_path}/srun.txt; [ '{code}' = None ] || echo '{told}' > {end}; exit 1"
+    for command, body in (("srun", took_notes),
+                          ("scontrol", f'[ "$1" = show ] && echo "$3" || echo "$@" >> {tmp_path}/scontrol.txt')):
+        (tmp_path / command).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / command).chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
            "SLURM_JOB_NODELIST": "a"}
-    subprocess.run(["bash", lab.ROOT / "slurm/train.sbatch", "config/demo.yaml"], cwd=tmp_path, env=env, check=False,
-                   timeout=60)
+    options = [lab.write_config(tmp_path / "run.yaml", {"training": {"max_steps": 5}}), f"checkpointing.runs_dir={runs}"]
+    done = subprocess.run(["bash", "slurm/train.sbatch", *options, *words],
+                          cwd=lab.ROOT, env=env, check=False, timeout=60)
+    assert done.returncode == 1, "srun's"
     assert (tmp_path / "scontrol.txt").exists() == requeued
     if requeued:
         assert (tmp_path / "scontrol.txt").read_text().split() == ["requeue", "7"]
+    given = [word for word in (tmp_path / "srun.txt").read_text().split() if "run_name=" in word]
+    assert given == (words or ["checkpointing.run_name='slurm-7'"])
+    assert load_config(options[0], given).checkpointing.run_name == name
+
+
+def test_the_slurm_script_tells_a_mistake_in_the_options_before_it_starts_anything(tmp_path):
+    done = subprocess.run(["bash", "slurm/train.sbatch", "config/demo.yaml", "training.lr=1"], cwd=lab.ROOT, capture_output=True,
+                          text=True, timeout=60, check=False,
+                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"})
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: training.lr: unknown key; did you mean training.optimization.lr?"
 
 
 # ---- one run a folder ----------------------------------------------------------------------------------------------
@@ -326,7 +343,7 @@ def fill(folder, leave=0):
 def noticed(request, monkeypatch):
     """When a full disk is noticed: by asking for the free space, or, where that is not the whole truth, by writing."""
     if request.param == "in the middle":
-        for module in (checkpoint, files, parquet, shards):
+        for module in (files, parquet, shards):
             monkeypatch.setattr(module, "require_room", lambda *args: None)
     return request.param
 
@@ -335,11 +352,11 @@ def test_a_run_that_cannot_checkpoint_stops_cleanly_and_says_how_much_it_needs(d
     small = disk("4m")
     runs, save = lab.Lab(small, dataset), train.save
 
-    def filling(t, whole=True):
-        if t.step == 10 and not (small / "filler").exists():
-            t.saver.wait()
-            fill(small, leave=120_000)
-        save(t, whole)
+    def filling(state, services):
+        if state.step == 10 and not (small / "filler").exists():
+            services.saver.wait()
+            fill(small, leave=60_000)
+        save(state, services)
     monkeypatch.setattr(train, "save", filling)
     printed = runs.train("full", code=1)
     assert "step_10 cannot be written" in printed and "Traceback" not in printed, printed
@@ -355,19 +372,19 @@ def test_training_goes_on_where_only_a_snapshot_has_no_room(disk, dataset, monke
     small = disk("6m")
     runs, save = lab.Lab(small, dataset), train.save
 
-    def filling(t, whole=True):
-        if t.step == 10:
-            t.saver.wait()
-            state = small / "poor/checkpoints/step_5"
-            need = sum(p.stat().st_size for p in state.rglob("*") if p.is_file() and "learning_dynamics" not in p.parts)
+    def filling(state, services):
+        if state.step == 10:
+            services.saver.wait()
+            before = small / "poor/checkpoints/step_5"
+            need = sum(p.stat().st_size for p in before.rglob("*") if p.is_file() and "learning_dynamics" not in p.parts)
             fill(small, leave=int(1.1 * need) + 150_000)
-        if t.step == 15:
-            t.saver.wait()
+        if state.step == 15:
+            services.saver.wait()
             (small / "filler").unlink()
-        save(t, whole)
+        save(state, services)
     monkeypatch.setattr(train, "save", filling)
     printed = runs.train("poor", "checkpointing.learning_dynamics.layer_suffixes=[q_proj,k_proj,v_proj,o_proj,w_0,w_1,w_2]")
-    assert "writing it without its snapshots" in printed
+    assert "going on without the snapshots of step_10" in printed
     held = {step: (small / f"poor/checkpoints/step_{step}/learning_dynamics").exists() for step in (5, 10, 15, 20)}
     assert held == {5: True, 10: False, 15: True, 20: True}
 
@@ -376,13 +393,13 @@ def test_metrics_that_found_no_room_are_written_when_there_is_some(disk, dataset
     small = disk("4m")
     runs, step = lab.Lab(small, dataset), train.train_step
 
-    def filling(t, batch):
-        if t.step == 1:  # what is left of a file's last page still takes a few lines
-            t.saver.wait()
+    def filling(state, batch):
+        if state.step == 1:  # what is left of a file's last page still takes a few lines
+            lab.wait_until((small / "quiet/checkpoints/latest").exists, 20)
             fill(small)
-        if t.step == 19:
+        if state.step == 19:
             (small / "filler").unlink()
-        step(t, batch)
+        step(state, batch)
     monkeypatch.setattr(train, "train_step", filling)
     printed = runs.train("quiet", *QUICK, "checkpointing.save_every_n_steps=20")
     assert printed.count("metrics.jsonl cannot be written (No space left on device)") == 1, "told once"
@@ -393,16 +410,16 @@ def test_metrics_that_found_no_room_are_in_the_next_checkpoint(disk, dataset, mo
     small = disk("4m")
     runs, step = lab.Lab(small, dataset), train.train_step
 
-    def filling(t, batch):
-        step(t, batch)
-        if t.step == 2:
-            t.saver.wait()
+    def filling(state, batch):
+        step(state, batch)
+        if state.step == 2:
+            lab.wait_until((small / "quiet/checkpoints/latest").exists, 20)
             fill(small)
-        if t.step == 10:
+        if state.step == 10:
             os.kill(os.getpid(), signal.SIGTERM)  # the line of step 10 comes before the checkpoint, and finds no room
     monkeypatch.setattr(train, "train_step", filling)
-    keep = train.keep
-    monkeypatch.setattr(train, "keep", lambda t: ((small / "filler").unlink(), keep(t)))
+    save = train.save_before_ending
+    monkeypatch.setattr(train, "save_before_ending", lambda *args: ((small / "filler").unlink(), save(*args)))
     runs.train("quiet", *QUICK, "checkpointing.save_every_n_steps=20", code=75)
     monkeypatch.undo()
     assert "resumed at step 10" in runs.train("quiet", *QUICK)

@@ -1,0 +1,92 @@
+"""One look at the machine: devices, launchers, compilers. There is no GPU here: torch is asked in its stead."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import lab
+from config import UserError
+from runtime import machine
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(count, capability, built): a machine with GPUs, as torch tells of them."""
+    def make(count=1, capability=(9, 0), built=("sm_80", "sm_90", "compute_90")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100")
+    return make
+
+
+def test_each_rank_takes_its_own_gpu_and_a_cpu_where_there_is_none(monkeypatch, gpus):
+    assert machine.pick_device("cuda") == torch.device("cpu")
+    gpus(2)
+    for rank, name in ((0, "cuda:0"), (1, "cuda:1")):
+        for key, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "a",
+                           "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(key, str(value))
+        assert machine.pick_device("auto") == torch.device(name)
+    assert machine.pick_device("cpu") == torch.device("cpu")
+
+
+def test_more_processes_than_gpus_are_refused_with_both_remedies(monkeypatch, gpus):
+    gpus(1)
+    for key, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "a",
+                       "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(key, str(value))
+    with pytest.raises(UserError, match="2 processes here, and this machine has 1 GPU; .*--nproc_per_node=1.*accelerator=cpu"):
+        machine.pick_device()
+    assert machine.pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("capability, built, fits", [
+    ((7, 0), ["sm_75", "sm_80", "sm_90"], False), ((6, 1), ["sm_75", "compute_75"], False), ((7, 5), ["sm_75"], True),
+    ((8, 6), ["sm_80"], True), ((8, 0), ["sm_86"], False), ((9, 0), ["sm_90a"], True), ((12, 0), ["sm_90"], False),
+    ((12, 0), ["sm_90", "compute_90"], True), ((10, 3), ["sm_100"], True), ((9, 0), [], False)])
+def test_a_gpu_that_this_torch_has_no_kernels_for_is_refused(gpus, capability, built, fits):
+    assert machine.has_kernels(capability, built) == fits
+    gpus(1, capability, built)
+    if not fits:
+        with pytest.raises(UserError, match=rf"Tesla V100, of compute capability {capability[0]}\.{capability[1]}.*accelerator=cpu"):
+            machine.pick_device()
+
+
+@pytest.mark.parametrize("capability, wanted, chosen", [((7, 5), "bf16-mixed", "32-true"), ((8, 0), "bf16-mixed", "bf16-mixed"),
+                                                        ((7, 5), "32-true", "32-true")])
+def test_bf16_that_is_only_emulated_is_not_taken(gpus, capability, wanted, chosen):
+    gpus(1, capability)
+    assert machine.choose_precision(wanted, torch.device("cuda", 0)) == chosen
+
+
+def test_without_a_compiler_nothing_is_compiled_and_it_says_what_to_install(monkeypatch, caplog):
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert machine.choose_compile(True, cpu) and machine.choose_compile(None, cuda) and not machine.choose_compile(None, cpu)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(machine.log, "propagate", True)
+    assert not machine.choose_compile(None, cuda) and "a C compiler (gcc)" in caplog.text
+    caplog.clear()
+    assert not machine.choose_compile(False, cuda) and not caplog.text
+
+
+@pytest.mark.parametrize("env, told", [
+    ({"RANK": "0"}, "RANK is set, and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not"),
+    ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK is set, and LOCAL_RANK not"),
+    ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "srun started 2 copies"),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 copies")], ids=["RANK alone", "no LOCAL_RANK", "srun", "mpirun"])
+def test_a_launcher_that_tells_too_little_is_refused_in_one_sentence(dataset, tmp_path, env, told):
+    path = lab.write_config(tmp_path / "run.yaml", lab.tiny_tree(dataset, tmp_path))
+    printed = lab.run("train.py", path, env=env, code=2)
+    assert told in printed and "Traceback" not in printed and not (tmp_path / "run").exists()
+
+
+def test_a_single_python_inside_an_allocation_trains(dataset, tmp_path):
+    path = lab.write_config(tmp_path / "run.yaml", lab.tiny_tree(dataset, tmp_path))
+    env = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    lab.run("train.py", path, "training.stop_at_step=1", env=env)
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 0 and "RANK" not in os.environ
