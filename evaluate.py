@@ -24,16 +24,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import (
-    ConfigError,
-    DatasetConfig,
-    EvaluationConfig,
-    LearningDynamicsConfig,
-    ModelConfig,
-    UserError,
-    config_from_dict,
-    load_config,
-)
+from config import (ConfigError, DatasetConfig, EvaluationConfig, LearningDynamicsConfig, ModelConfig, UserError,
+                    config_from_dict, load_config)
 from data import INDEX, TokenDataset, Tokenizer, load_tokenizer, read_index, to_device
 from hub.datasets import local_or_hub
 from hub.llama import load_decoder, resolve

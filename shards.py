@@ -24,18 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import DatasetConfig
-from data import (
-    INDEX,
-    ByteTokenizer,
-    DataError,
-    TokenDataset,
-    Tokenizer,
-    load_tokenizer,
-    read_index,
-    shard_entry,
-    token_dtype,
-    write_index,
-)
+from data import (INDEX, ByteTokenizer, DataError, TokenDataset, Tokenizer, load_tokenizer, read_index, shard_entry, token_dtype,
+                  write_index)
 from hub import datasets, streaming
 from hub.parquet import convert_parquet
 from runtime.command import Parser, command

@@ -16,25 +16,8 @@ from typing import Any
 
 from instruments.components import Row, layer_of
 from instruments.measures import PAIRED
-from instruments.plots import (
-    CHAPTERS,
-    CIRCUIT,
-    LABELS,
-    RANKS,
-    Line,
-    axis_labels,
-    curves,
-    layer_lines,
-    part_of,
-    plot_heat,
-    plot_losses,
-    plot_spectra,
-    plot_training,
-    pyplot,
-    run_line,
-    sheet,
-    training_record,
-)
+from instruments.plots import (CHAPTERS, CIRCUIT, LABELS, RANKS, Line, axis_labels, curves, layer_lines, part_of, plot_heat,
+                               plot_losses, plot_spectra, plot_training, pyplot, run_line, sheet, training_record)
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
 figure{margin:1em 0 2em}figcaption,.note{color:#555}table{border-collapse:collapse;font-size:13px;margin:1em 0}
