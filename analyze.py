@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -256,6 +257,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/analysis, or comparison)")
     args = parser.parse_args()
     comparing = str(args.runs[0]) == "compare"
+    if not comparing and not args.runs[0].exists() and difflib.get_close_matches(str(args.runs[0]), ["compare"]):
+        raise AnalysisError(f"{args.runs[0]}: no such run; did you mean compare?")
     if comparing and len(args.runs) < 3:
         raise AnalysisError("compare: give two runs or more")
     runs = {label: Snapshots(path) for label, path in labelled(args.runs[comparing:]).items()}

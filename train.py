@@ -78,9 +78,8 @@ class Services:
 def train(cfg: Config, device: torch.device) -> None:
     micro, accumulation = cfg.micro_batches(dist.world_size())
     config.check_strategy(cfg, dist.world_size())
-    runs = Path(cfg.checkpointing.runs_dir)
-    cfg.checkpointing.run_name = name_run(runs, cfg.checkpointing.run_name)
-    folder = RunFolder(runs / cfg.checkpointing.run_name, cfg.checkpointing, cfg.monitoring, to_dict(cfg))
+    cfg.checkpointing.run_name = name_run(cfg.checkpointing)
+    folder = RunFolder(cfg.checkpointing, cfg.monitoring, to_dict(cfg))
     machine.same_everywhere(to_dict(cfg))
     with signals.catching_signals(), folder.in_use():
         state, services = setup(cfg, device, folder)
@@ -267,6 +266,8 @@ def save(state: TrainState, services: Services) -> None:
     """The training state first; then what is derived from it, which a kill or too little memory may spoil."""
     if services.saved != state.step:
         save_state(state, services)
+    if services.evaluators or state.cfg.checkpointing.learning_dynamics is not None:
+        services.saver.wait()
     if services.evaluated != state.step:
         results = evaluate.run_evaluators(services.evaluators, state.model, f"step {state.step}: ")
         if results:
@@ -326,8 +327,7 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
     elif not notes:  # else its checkpoints are there, and are damaged
         folder.check_no_record(cfg.checkpointing.save_every_n_steps)
     dataset = streaming.open_dataset(cfg.data, cfg.model, saved["step"] if saved else 0, saved["data"] if saved else None)
-    tokenizer_folder = dataset.folder.parent
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer_folder, tokenizer = dataset.folder.parent, load_tokenizer(dataset.folder.parent)
     setting = evaluate.Setting(cfg.evaluation, cfg.data.dataset, cfg.model, dataset.folder.parent, tokenizer, device)
     evaluators, val_rows = evaluate.make_evaluators(setting), setting.snapshot_rows(dynamics) if dynamics else None
     weights = llama.starting_weights(cfg.training.start_from, cfg.model) if cfg.training.start_from and not saved else None

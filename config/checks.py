@@ -132,6 +132,8 @@ def check_resume(saved: dict[str, Any], cfg: Config, world: int, source: Any) ->
         raise ConfigError(f"{source}: is of another run ({'; '.join(fixed)}); put these back, or choose another "
                           f"checkpointing.run_name")
     notes = [f"{told[key]} bends the course of the run from here on" for key in differing if key in _CHANGE_RESULTS]
+    if saved["step"] > cfg.last_step:
+        notes.append(f"{source} is past the last step of this configuration, {cfg.last_step}: nothing is left to train")
     before_rows, rows = saved["data"].get("micro_rows"), cfg.micro_batches(world)[0]
     if cfg.model.relora is not None and cfg.model.relora.lora_dropout and before_rows not in (None, rows):
         notes.append(f"micro-batches of {before_rows} rows -> {rows}: dropout is drawn for each, so from here on the run is "

@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import model as model_code
-from checkpoint import CheckpointError, Writer, compare_states, load_model_state, step_folders, tensor_bytes
-from config import CheckpointingConfig, ConfigError, ModelConfig, config_from_dict, load_config
+from checkpoint import CheckpointError, Writer, compare_states, load_model_state, read_manifest, step_folders, tensor_bytes
+from config import CheckpointingConfig, ConfigError, ModelConfig, UserError, config_from_dict, load_config
 from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
 from hub.architecture import llama_names, llama_state, not_llama, skeleton
 from model import PicoDecoder
 from relora import has_adapters, relora_layers
+from runtime import files
 from runtime.files import HashingFile, sha256
 from runtime.log import log
 
@@ -107,17 +108,31 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 
 def resolve(path: str | Path) -> Path:
-    """A step or model folder as it is; for a run folder its newest step. Raises UserError."""
+    """A step or model folder as it is; for a run folder its newest whole step. Raises UserError."""
     path = Path(path)
     if (path / "config.json").is_file():
         return path
     run = path / "training_config.yaml"
     options = load_config(run).checkpointing if run.is_file() else CheckpointingConfig()
-    steps = [s for folder in (path, path / options.checkpoints_dir) for s in step_folders(folder)
-             if (s / "config.json").is_file()]
-    if not steps:
-        raise CheckpointError(f"{path}: neither a run, nor a checkpoint's step_N, nor a model folder")
-    return steps[0]
+    for step in (step for folder in (path, path / options.checkpoints_dir) for step in step_folders(folder)):
+        if problem := lacks(step):
+            log.warning(f"{problem}; an older step is taken, if there is one")
+        else:
+            return step
+    raise CheckpointError(f"{path}: neither a run, nor a checkpoint's step_N, nor a model folder{files.did_you_mean(path)}")
+
+
+def lacks(step: Path) -> str | None:
+    """What a step folder lacks of its model, by its manifest, where it has one."""
+    if not (step / "manifest.json").is_file():
+        return None if (step / "config.json").is_file() else f"{step}: holds no model"
+    try:
+        entries = read_manifest(step)
+        wrong = [name for name, entry in entries.items()
+                 if not ((step / name).is_file() and (step / name).stat().st_size == entry["size"])]
+    except UserError as error:
+        return str(error)
+    return f"{step}: {wrong[0]} is not as its manifest says" if wrong else None
 
 
 def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:

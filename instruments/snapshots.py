@@ -31,6 +31,7 @@ from config import ConfigError, LearningDynamicsConfig
 from data import Tokenizer, to_device
 from relora import HEAD, ReLoRALinear
 from runtime import dist, signals
+from runtime.files import did_you_mean
 from runtime.wrap import eval_mode
 
 
@@ -165,7 +166,7 @@ class Snapshots:
             options = self.config["checkpointing"]
             self.dynamics, checkpoints = options["learning_dynamics_dir"], run / options["checkpoints_dir"]
         except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{run}: not a run folder ({error})") from None
+            raise CheckpointError(f"{run}: not a run folder ({error}){did_you_mean(run)}") from None
         self.folders = {int(f.name[5:]): f for f in reversed(step_folders(checkpoints)) if (f / self.dynamics).is_dir()}
         if not self.folders:
             raise CheckpointError(f"{run}: holds no snapshots; train with checkpointing.learning_dynamics")

@@ -6,6 +6,7 @@ What is read is whole, damaged or unreadable: an I/O error that may pass is trie
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -214,6 +215,16 @@ def set_aside(path: Path) -> Path:
             os.rename(path, target)
             return target
     raise UserError(f"{path}: too many copies set aside; delete some")
+
+
+def did_you_mean(path: Path) -> str:
+    """A hint at the folder beside `path` with the most similar name, for the end of an error; or nothing."""
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6) if not path.exists() else []
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""
 
 
 def remove_tree(path: Path) -> None:

@@ -29,11 +29,12 @@ from runtime.errors import Ending
 from runtime.log import line_of, log, speaks, start_logging
 
 
-def name_run(runs: Path, name: str | None) -> str:
+def name_run(cfg: CheckpointingConfig) -> str:
     """The run's name, agreed on by all ranks; without one rank 0 names it by the time, and by what no other start shares.
 
     A worker that torchrun restarts finds the run that its predecessor named: the same launcher started both.
     """
+    name, runs = cfg.run_name, Path(cfg.runs_dir)
     if name is None and dist.rank() == 0:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
             marks = sorted(runs.glob("*/.launcher"), key=lambda path: path.stat().st_mtime)
@@ -61,11 +62,12 @@ class LogFile(logging.Handler):
 class RunFolder:
     """Everything that a run writes besides checkpoints."""
 
-    def __init__(self, path: Path, checkpointing: CheckpointingConfig, monitoring: MonitoringConfig, resolved: dict[str, Any]):
-        self.path, self.checkpointing, self.monitoring, self.resolved = path, checkpointing, monitoring, resolved
+    def __init__(self, checkpointing: CheckpointingConfig, monitoring: MonitoringConfig, resolved: dict[str, Any]):
+        self.path = Path(checkpointing.runs_dir) / checkpointing.run_name
+        self.checkpointing, self.monitoring, self.resolved = checkpointing, monitoring, resolved
         self.writes, self.opened = dist.rank() == 0, False
         self.step: int | None = None  # updates made, once training has begun
-        self._lock = locks.RunLock(path)
+        self._lock = locks.RunLock(self.path)
         self._wandb = self._bar = None
         self._waiting: dict[Path, str] = {}  # lines that wait for the folder, or that a full disk did not take
         start_logging(monitoring.logging.log_level)

@@ -333,3 +333,47 @@ def test_any_yaml_tree_loads_or_is_refused_in_one_line(tmp_path_factory, tree):
         assert len(str(error).splitlines()) == 1
     else:
         assert config_from_dict(to_dict(cfg)) == cfg
+
+
+# ---- the presets of relora-pico and pico-train, their keys and values ----------------------------------------------------
+
+RELORA_TINY = {"model": {"d_model": 96, "activation_hidden_dim": 384, "relora": RELORA | {"reset_frequency": 2000, "r": 16}},
+               "training": {"optimization": {"gradient_accumulation_steps": 32, "lr_scheduler": "relora_jagged_cosine",
+                                             "lr_warmup_steps": 2000, "min_lr_ratio": 0.1, "restart_warmup_steps": 100},
+                            "fabric": {"num_nodes": 1, "num_devices": 2}},
+               "monitoring": {"save_to_wandb": True, "wandb": {"entity": "pico-lm", "project": "pico-relora"}},
+               "evaluation": {"metrics": ["blimp", "paloma"], "paloma": {"batch_size": 16}, "blimp": {"batch_size": 64}},
+               "checkpointing": {"run_name": "pico-relora-tiny-v2-sn", "save_every_n_steps": 50, "save_to_hf": True,
+                                 "hf_checkpoint": {"repo_id": "pico-relora-tiny-v2-sn", "collection_slug": "yuvalw/pico-6"},
+                                 "learning_dynamics": {"batch_size": 64}}}
+DEMO = {"data": {"dataloader": {"batch_size": 32}}, "model": {"d_model": 96, "activation_hidden_dim": 384},
+        "checkpointing": {"run_name": "pico-decoder-demo-1", "save_every_n_steps": 50, "save_to_hf": True,
+                          "hf_checkpoint": {"repo_id": "pico-lm/demo"}, "learning_dynamics": {"batch_size": 16}},
+        "evaluation": {"paloma": {"batch_size": 32}}, "monitoring": {"logging": {"log_every_n_steps": 10}},
+        "training": {"max_steps": 100, "optimization": {"lr": 0.001, "lr_warmup_steps": 30, "gradient_accumulation_steps": 2},
+                     "fabric": {"num_devices": 1}}}
+
+
+@pytest.mark.parametrize("tree, words", [
+    (RELORA_TINY, []), (RELORA_TINY, ["model.d_model=384", "model.activation_hidden_dim=1536", "training.fabric.num_devices=4"]),
+    (RELORA_TINY, ["evaluation.blimp.batch_size=128", "monitoring.logging.log_every_n_steps=1"]), (DEMO, [])],
+    ids=["pico-relora-tiny-sn", "pico-relora-small-sn", "hpc_intr_relora_small", "pico-train demo"])
+def test_the_presets_of_the_published_runs_load_as_they_are(tmp_path, tree, words):
+    """Whose repositories have no owner: the token's, when it uploads."""
+    path = tmp_path / "preset.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    cfg = load_config(path, words)
+    assert cfg.checkpointing.hf_checkpoint.repo_id == tree["checkpointing"]["hf_checkpoint"]["repo_id"]
+
+
+@pytest.mark.parametrize("name, more, told", [
+    ("local_relora, hpc_intr_2, hpc_intr_4, hpc_intr_relora", {"data": {"dataset": "pico-lm/pretokenized-paloma-tinsy"}},
+     "data.dataset: expected keys below it, got 'pico-lm/pretokenized-paloma-tinsy'"),
+    ("local, hpc_intr_pico", {"training": {"learning_rate": 0.001}}, "training.learning_rate: unknown key; did you mean "),
+    ("hpc_intr_*", {"training": {"fabric": {"accelerator": "gpu"}}}, "training.fabric.accelerator: 'gpu' is not one of"),
+    ("pico-relora-tiny", {"checkpointing": {"hcollection_slug": "yuvalw/pico-relora-6"}},
+     "checkpointing.hcollection_slug: unknown key; did you mean"),
+    ("demo-with-pico-report", {"monitoring": {"save_to_picolabs": True}}, "monitoring.save_to_picolabs: unknown key")],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "")
+def test_their_scratch_files_are_refused_by_the_key(name, more, told):
+    assert told in refusal(tree=more)

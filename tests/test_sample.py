@@ -65,6 +65,15 @@ def test_what_cannot_be_is_one_line(run, words, key):
     assert f"error: {key}" in printed and "Traceback" not in printed
 
 
+def test_a_run_that_is_not_there_is_looked_for_beside_it(tmp_path):
+    (tmp_path / "demo").mkdir()
+    assert f"did you mean {tmp_path}/demo?" in lab.call("sample.py", tmp_path / "demmo", code=2)
+    assert f"did you mean {tmp_path}/demo?" in lab.call("analyze.py", tmp_path / "demmo", code=2)
+    assert "did you mean compare?" in lab.call("analyze.py", "compre", tmp_path / "a", tmp_path / "b", code=2)
+    printed = lab.call("train.py", "config/demo.yaml", "--training.max_steps=10", code=2)
+    assert "options of the configuration have no dashes: training.max_steps=10" in printed and printed.count("\n") == 1
+
+
 def test_the_cache_makes_generation_at_least_five_times_faster_and_no_other(capsys):
     torch.manual_seed(0)
     model = PicoDecoder(ModelConfig(d_model=96, n_layers=12, vocab_size=512, max_seq_len=600, activation_hidden_dim=384)).eval()

@@ -102,6 +102,81 @@ def falls(losses, by=0.5):
     assert sum(list(losses.values())[-3:]) / 3 < losses[1] - by
 
 
+# ---- what is derived from a step ----------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal
+import evaluate, train
+from runtime.command import command
+run = evaluate.run_evaluators
+
+def killed(evaluators, model, prefix=""):
+    if prefix == "step 20: ":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run(evaluators, model, prefix)
+
+evaluate.run_evaluators = killed
+command(train.main)
+"""
+
+
+def test_a_kill_inside_an_evaluation_costs_the_evaluation_alone(worlds):
+    """At every start again: the training state was safe first, and what is missing is made at the next one."""
+    script = worlds.folder / "killed.py"
+    script.write_text(KILLED)
+    for _ in range(2):
+        lab.run(script, worlds.config("evaluated"), code=-9)
+        assert worlds.state("evaluated", 20)["step"] == 20
+    assert not (worlds.folder / "evaluated/eval_results/step_20.json").exists()
+    printed = worlds.train("evaluated")
+    assert "resumed at step 20" in printed and "step 20: val loss" in printed
+    worlds.same_end("evaluated", "single")
+    for name in ("train_activations", "val_gradients"):
+        found, expected = (torch.load(worlds.folder / run / f"checkpoints/step_20/learning_dynamics/{name}.pt")
+                           for run in ("evaluated", "single"))
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_an_evaluation_without_memory_says_what_to_lower_and_training_goes_on(worlds, monkeypatch):
+    def no_memory(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr("evaluate.losses_of", no_memory)
+    printed = worlds.train("poor")
+    assert "warning: step 5: val is left out: rank 0 ran out of memory; lower evaluation.val.batch_size" in printed
+    assert worlds.metrics("poor") == worlds.metrics("single") and not worlds.metrics("poor", "eval/val_loss")
+
+
+@pytest.mark.parametrize("words, told", [
+    (("training.stop_at_step=12",), "is past the last step of this configuration, 12: nothing is left to train"),
+    (("training.grad_clip=0.5",), "training.grad_clip: None -> 0.5 bends the course of the run from here on"),
+    (("training.optimization.gradient_accumulation_steps=2",), "micro-batches of 2 rows -> 4: dropout is drawn for each"),
+    (("model.fast_paths=false",), "model.fast_paths: True -> False changes the rounding")])
+def test_what_a_resumed_run_changes_is_said(worlds, words, told):
+    name = f"changed-{words[0].partition('=')[0]}"
+    worlds.copy("single", name, 20 if "past" in told else 15)
+    printed = worlds.train(name, *words, *(() if "stop" in words[0] else ("training.stop_at_step=16",)))
+    assert told in printed or ("fast_paths" in told and not lab.FAST_PATHS)
+
+
+def test_one_of_two_equal_commands_trains_and_the_other_is_refused_and_harms_nothing(worlds):
+    for number in range(3):
+        name = f"twice-{number}"
+        both = [lab.start("train.py", worlds.config(name)) for _ in range(2)]
+        ends = [(process.communicate(timeout=120), process.returncode) for process in both]
+        assert sorted(code for _, code in ends) == [0, 2], ends
+        refused = next(err for (_, err), code in ends if code == 2)
+        assert "is in use by process" in refused or "another process has just made" in refused
+        worlds.same_end(name, "single")
+
+
+def test_runs_without_a_name_begun_in_the_same_second_are_two(worlds):
+    words = [worlds.config("nameless"), "checkpointing.run_name=null", "training.stop_at_step=1",
+             f"checkpointing.runs_dir={worlds.folder}/nameless-runs"]
+    both = [lab.start("train.py", *words) for _ in range(2)]
+    assert [(process.communicate(timeout=120), process.returncode)[1] for process in both] == [0, 0]
+    assert len(list((worlds.folder / "nameless-runs").iterdir())) == 2
+
+
 # ---- the same run on any ranks -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -52,7 +52,8 @@ def test_a_gpu_that_this_torch_has_no_kernels_for_is_refused(gpus, capability, b
     assert machine.has_kernels(capability, built) == fits
     gpus(1, capability, built)
     if not fits:
-        with pytest.raises(UserError, match=rf"Tesla V100, of compute capability {capability[0]}\.{capability[1]}.*accelerator=cpu"):
+        told = rf"Tesla V100, of compute capability {capability[0]}\.{capability[1]}.*accelerator=cpu"
+        with pytest.raises(UserError, match=told):
             machine.pick_device()
 
 
