@@ -15,6 +15,7 @@ import json
 import queue
 import threading
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from runtime.files import sha256
+from runtime.files import Unreadable, read_text, sha256, try_again
 from runtime.log import log
 
 INDEX = "index.json"
@@ -32,6 +33,10 @@ END_OF_TEXT = "<|endoftext|>"
 
 class DataError(UserError):
     """A shard, index or tokenizer that cannot be used; names the file, the row and the reason."""
+
+
+class DamagedShard(DataError):
+    """A shard that is not the one that the index counted."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -46,9 +51,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(read_text(path))
     except FileNotFoundError:
         raise DataError(f"{path}: not there; make the dataset with shards.py (see python shards.py --help)") from None
+    except Unreadable as error:
+        raise DataError(str(error)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     try:
@@ -83,15 +90,24 @@ def write_index(folder: Path, shards: list[dict], row_length: int, vocab_size: i
 
 
 class TokenDataset:
-    """Rows of one split of a dataset folder, in order, without end. Raises DataError."""
+    """Rows of one split of a dataset folder, in order, without end. Raises DataError.
 
-    def __init__(self, folder: str | Path, split: str = "train"):
-        self.folder = Path(folder) / split
-        self.index = read_index(self.folder)
-        self.row_length: int = self.index["row_length"]
+    `index` stands in for the folder's, where that is still to come. The tokenizer is in `tokenizer_folder`, or is bytes.
+    """
+    open_shards = 4  # memory maps held, each with a descriptor: a process may often have no more than 1,024
+
+    def __init__(self, folder: str | Path, split: str = "train", index: dict[str, Any] | None = None):
+        self.folder, self.tokenizer_folder = Path(folder) / split, Path(folder)
+        self.index = read_index(self.folder) if index is None else index
         self.vocab_size: int = self.index["vocab_size"]
+        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()  # the latest used last
+        self._verified: dict[int, tuple[int, int]] = {}  # (time, size) of the file whose checksum was right
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Place the rows as the index says now."""
+        self.row_length: int = self.index["row_length"]
         self.starts = np.cumsum([0] + [shard["rows"] for shard in self.index["shards"]])  # first row of each shard
-        self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -114,23 +130,33 @@ class TokenDataset:
         return {"fingerprint": self.fingerprint, "revision": self.index.get("revision")}
 
     def shard(self, number: int) -> np.ndarray:
-        """The memory map of a shard, (rows, row_length), opened on first use."""
-        if number not in self._maps:
-            entry = self.index["shards"][number]
-            path = self.folder / entry["file"]
-            try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise DataError(f"{path}: cannot be opened ({error}); make or fetch it again") from None
-            want = ((entry["rows"], self.row_length), np.dtype(self.index["dtype"]))
-            if not isinstance(array, np.ndarray) or (array.shape, array.dtype) != want:
-                found = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else "several arrays"
-                raise DataError(f"{path}: holds {found}, but {INDEX} says {want[0]} {want[1]}")
-            if "sha256" in entry and sha256(path) != entry["sha256"]:  # 0.1 s for a shard of the Dolma
-                raise DataError(f"{path}: differs from its checksum in {INDEX}: a bit has flipped; delete it and make or "
-                                "fetch it again")
-            self._maps[number] = array
-        return self._maps[number]
+        """The memory map of a shard, (rows, row_length); those used last stay open."""
+        array = self._maps.pop(number, None)  # another thread that wants it meanwhile opens one of its own
+        self._maps[number] = array = self._open(number) if array is None else array
+        while len(self._maps) > self.open_shards:
+            self._maps.popitem(last=False)  # closed as soon as nobody reads it
+        return array
+
+    def _open(self, number: int) -> np.ndarray:
+        entry, path = self.index["shards"][number], self.folder / self.index["shards"][number]["file"]
+        try:
+            stat = try_again(path.stat, path)
+            version = stat.st_mtime_ns, stat.st_size
+            if "sha256" in entry and self._verified.get(number) != version:  # before the header of a damaged file is believed
+                if sha256(path) != entry["sha256"]:  # 0.1 s for a shard of the Dolma
+                    raise DamagedShard(f"{path}: differs from its checksum in {INDEX}: damaged or changed; delete it and make "
+                                       "or fetch it again")
+                self._verified[number] = version
+            array = try_again(lambda: np.load(path, mmap_mode="r", allow_pickle=False), path)
+        except UserError as error:
+            raise error if isinstance(error, DataError) else DataError(str(error)) from None
+        except Exception as error:  # what a header that makes no sense raises depends on Python: tokenize.TokenError, say
+            raise DataError(f"{path}: cannot be opened ({error}); make or fetch it again") from None
+        want = ((entry["rows"], self.row_length), np.dtype(entry.get("dtype", self.index["dtype"])))
+        if not isinstance(array, np.ndarray) or (array.shape, array.dtype) != want:
+            found = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else "several arrays"
+            raise DataError(f"{path}: holds {found}, but {INDEX} says {want[0]} {want[1]}")
+        return array
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Rows first ... first + count - 1 as (count, row_length); numbers past the end wrap into the next epoch.
@@ -166,11 +192,15 @@ class TokenDataset:
 
 
 def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
-    """Token rows as an int64 tensor; they travel narrow and are widened on the device."""
+    """Token rows as an int64 tensor; to CUDA they travel narrow, and are widened there.
+
+    The one place where a copy is not waited for: from pinned memory, which outlives it, and to CUDA, which orders it. To
+    MPS such a copy may read memory that is somebody else's by then, and brings wrong tokens without an error.
+    """
     tensor = torch.from_numpy(rows)
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True).to(torch.int64)
+        return tensor.pin_memory().to(device, non_blocking=True).to(torch.int64)
+    return tensor.to(torch.int64).to(device)
 
 
 class BatchLoader:

@@ -231,7 +231,7 @@ class Blimp:
 
     def __init__(self, setting: Setting):
         self.options, self.device, self.tokenizer = setting.cfg.blimp, setting.device, setting.tokenizer
-        self.pairs = blimp.load_pairs(self.options)
+        self.pairs = blimp.load_pairs(self.options, setting.data.patience_minutes)
         if self.tokenizer.vocab_size > setting.model.vocab_size:
             raise ConfigError(f"evaluation.metrics: blimp needs a model of its tokenizer's {self.tokenizer.vocab_size} ids, and "
                               f"this one knows {setting.model.vocab_size}; leave blimp out")

@@ -327,7 +327,7 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
     elif not notes:  # else its checkpoints are there, and are damaged
         folder.check_no_record(cfg.checkpointing.save_every_n_steps)
     dataset = streaming.open_dataset(cfg.data, cfg.model, saved["step"] if saved else 0, saved["data"] if saved else None)
-    tokenizer_folder, tokenizer = dataset.folder.parent, load_tokenizer(dataset.folder.parent)
+    tokenizer_folder, tokenizer = dataset.tokenizer_folder, load_tokenizer(dataset.tokenizer_folder)
     setting = evaluate.Setting(cfg.evaluation, cfg.data.dataset, cfg.model, dataset.folder.parent, tokenizer, device)
     evaluators, val_rows = evaluate.make_evaluators(setting), setting.snapshot_rows(dynamics) if dynamics else None
     weights = llama.starting_weights(cfg.training.start_from, cfg.model) if cfg.training.start_from and not saved else None

@@ -1,29 +1,94 @@
-"""Datasets and tokenizers from the Hugging Face Hub: found, fetched with patience, checked, converted to shards."""
+"""Where data come from: a folder here, or the Hugging Face Hub; and what is fetched from there, checked and converted."""
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
 import os
 import re
-import shutil
-import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from config import ConfigError, DatasetConfig, UserError
-from data import INDEX, DataError, shard_entry, write_index
+from data import INDEX, DataError, read_index, shard_entry, write_index
+from hub.client import HubError, Refused, fetch_folder, with_retries
 from hub.parquet import Converted, convert_parquet
 from runtime import dist
-from runtime.files import sha256
+from runtime.files import fsync_folder, make_folders, remove_tree, sha256, staging_name, try_again, write_file
+from runtime.log import node_log
 
-WINDOW = "window.json"  # of a streamed split: see stream.py
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries; doubled each time
+WINDOW = "window.json"  # of a streamed split: see streaming.py
+HERE, EARLIER = "corpora", "data"  # the folder of datasets, and its name in earlier versions
+PROJECT = Path(__file__).resolve().parents[1]
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "tokenizer.json")
 
+
+# ---- here, or on the Hub -------------------------------------------------------------------------------------
+
+def find_local(name: str, owner: bool = True) -> Path | None:
+    """The file or folder that `name` means here; None for a name on the Hub, which has an owner unless `owner` is False.
+
+    Raises DataError for what is neither, with the name that was probably meant.
+    """
+    path = Path(name)
+    if try_again(path.exists, path):
+        return path
+    first, rest = (path.parts or ("",))[0], path.parts[1:]
+    for place in [PROJECT / path, *([Path(EARLIER, *rest), PROJECT / EARLIER / Path(*rest)] if first == HERE else [])]:
+        if rest and place.exists():
+            node_log.info(f"{name}: is not here; taking {place}")
+            return place
+    near, folders = _nearest(path), (HERE, EARLIER)
+    mistyped = near and difflib.get_close_matches(first, folders, cutoff=0.8)
+    if (re.fullmatch(r"[\w.-]+/[\w.-]+" if owner else r"([\w.-]+/)?[\w.-]+", name)
+            and not (first in folders or Path(first).is_dir() or mistyped)):
+        return None
+    raise DataError(f"{name!r} is neither here nor a name on the Hub, owner/name"
+                    + (f"; did you mean {near}?" if near else "; a dataset is made by shards.py"))
+
+
+def _nearest(path: Path) -> str | None:
+    """What is here under nearly the same name."""
+    known = []
+    for folder in {path.parent, Path(HERE), Path(EARLIER)}:
+        with contextlib.suppress(OSError):
+            known += [place.as_posix() for place in sorted(folder.iterdir()) if not place.name.startswith(".")]
+    by_name = {Path(place).name: place for place in known}
+    return next(iter(difflib.get_close_matches(path.as_posix(), known, 1, cutoff=0.85)
+                     or map(by_name.get, difflib.get_close_matches(path.name, by_name, 1, cutoff=0.75))), None)
+
+
+def locate(name: str, owner: bool = True) -> Path | None:
+    """find_local, agreed on by all ranks, each of which must call it. Raises UserError where only some have it."""
+    answer: Path | UserError | None
+    try:
+        answer = find_local(name, owner)
+    except UserError as error:
+        answer = error
+    answers = dist.all_gather_object(answer)
+    missing = [rank for rank, theirs in enumerate(answers) if not isinstance(theirs, Path)]
+    if 0 < len(missing) < len(answers):
+        raise DataError(f"{name}: is missing on ranks {missing}; put it on every machine")
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """What is wrong inside is told as wrong with the option `key`."""
+    try:
+        yield
+    except UserError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+# ---- datasets on the Hub -----------------------------------------------------------------------------------------
 
 class Source(NamedTuple):
     """The files of one split of a Hub dataset at one revision, in order."""
@@ -32,103 +97,101 @@ class Source(NamedTuple):
     revision: str
     files: list[str]
 
-
-def tell(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
-
-
-def with_retries(action: Callable[[], Any], what: str, minutes: float, stop: threading.Event | None = None) -> Any:
-    """The result of `action`; network trouble is tried again, with growing pauses, for `minutes`. Raises DataError.
-
-    What trying again cannot fix (no such repository, no access) is raised at once.
-    """
-    from huggingface_hub import errors
-    final = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError,
-             errors.GatedRepoError, errors.OfflineModeIsEnabled, errors.HFValidationError)
-    deadline, pause = time.monotonic() + 60 * minutes, FIRST_PAUSE
-    while True:
-        try:
-            return action()
-        except final as error:
-            raise DataError(f"{what}: {first_line(error)}") from None
-        except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
-            if time.monotonic() + pause > deadline:
-                raise DataError(f"{what}: gave up after {minutes:g} minutes ({first_line(error)}); the run can be "
-                                f"resumed when the Hub is back, or wait longer with data.dataset.patience_minutes") from None
-            tell(f"{what}: {first_line(error)}; trying again in {pause:.0f} s")
-        if stop is None:
-            time.sleep(pause)
-        elif stop.wait(pause):
-            raise DataError(f"{what}: stopped")
-        pause = min(2 * pause, LONGEST_PAUSE)
+    def home(self, cfg: DatasetConfig) -> Path:
+        """The folder of its splits on this machine."""
+        return cache_folder(cfg) / self.name.replace("/", "--") / self.revision
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def cache_folder(cfg: DatasetConfig) -> Path:
+    """Where shards from the Hub are kept; where an earlier version kept them, if they are there only."""
+    path = Path(cfg.cache_dir)
+    earlier = Path(EARLIER, *path.parts[1:])
+    return earlier if path.parts[:1] == (HERE,) and earlier.is_dir() and not path.exists() else path
 
 
 def find(name: str, split: str, cfg: DatasetConfig, revision: str | None = None) -> Source:
-    """Resolve a Hub dataset, on rank 0, and tell the others. Raises ConfigError naming key and fix.
+    """Resolve a Hub dataset, on rank 0, and tell the others. Raises DataError with reason and fix.
 
     A known `revision` whose file list is cached, and HF_HUB_OFFLINE=1, make no calls.
     """
-    try:
-        return dist.on_rank0(lambda: _find(name, split, cfg, revision or cfg.revision))
-    except DataError as error:
-        raise ConfigError(f"data.dataset.name: {name!r} is neither a local folder nor to be had from the Hub "
-                          f"({error})") from None
+    def ask() -> Source:
+        try:
+            return _find(name, split, cfg, revision or (cfg.revision if name == cfg.name else None))
+        except Refused as error:
+            raise DataError(f"{error}; or did you mean {near}, here?") if (near := _nearest(Path(name))) else error from None
+    return dist.on_rank0(ask)
 
 
 def _find(name: str, split: str, cfg: DatasetConfig, revision: str | None) -> Source:
     from huggingface_hub import HfApi, constants
-    home = Path(cfg.cache_dir) / name.replace("/", "--")
-    known = sorted(home.glob(f"*/{split}/{WINDOW}"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(known):
-        if constants.HF_HUB_OFFLINE or path.parent.parent.name == revision:
-            return Source(name, split, path.parent.parent.name, json.loads(path.read_text())["files"])
+    home = cache_folder(cfg) / name.replace("/", "--")
+    paths = sorted((path for kind in (WINDOW, INDEX) for path in home.glob(f"*/{split}/{kind}")), key=lambda p: p.stat().st_mtime)
+    known = [source for path in reversed(paths) if (source := _cached(name, split, path))]
+    for source in known:
+        if constants.HF_HUB_OFFLINE or source.revision == revision:
+            return source
     if constants.HF_HUB_OFFLINE:
-        raise DataError(f"HF_HUB_OFFLINE is set, and {home} holds nothing of it")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise DataError("a dataset on the Hub is named owner/name; a local one is made by shards.py")
-    info = with_retries(lambda: HfApi().dataset_info(name, revision=revision), f"contacting the Hub for {name}",
-                        min(cfg.patience_minutes, 1.0))
-    pattern = re.compile(rf"(?:.*/)?{re.escape(split)}-\d+-of-\d+\.parquet")
-    files = sorted(s.rfilename for s in info.siblings if pattern.fullmatch(s.rfilename))
-    if not files:
-        raise DataError(f"the repository has no files {split}-NNNNN-of-NNNNN.parquet")
-    return Source(name, split, info.sha, files)
+        raise DataError(f"{name}: HF_HUB_OFFLINE is set, and {home} holds nothing of it")
+    try:
+        info = with_retries(lambda: HfApi().dataset_info(name, revision=revision), name, cfg.patience_minutes)
+    except HubError as error:
+        if not known or revision or isinstance(error, Refused):
+            raise
+        node_log.warning(f"{error}; taking what is here of it, revision {known[0].revision}")
+        return known[0]
+    pattern = re.compile(rf"(?:(.+)/)?{re.escape(split)}-\d+-of-\d+(?:-[0-9a-f]{{8,}})?\.parquet")
+    found = {match[0]: match[1] for s in info.siblings if (match := pattern.fullmatch(s.rfilename))}
+    if not found:
+        raise DataError(f"{name}: the repository has no files {split}-NNNNN-of-NNNNN.parquet")
+    if len(subsets := sorted({str(folder) for folder in found.values()})) > 1:
+        raise DataError(f"{name}: the repository has several sets of {split} files, in {', '.join(subsets)}, which do not belong "
+                        "together; download the files of one, and convert them with shards.py parquet")
+    return Source(name, split, info.sha, sorted(found))
+
+
+def _cached(name: str, split: str, path: Path) -> Source | None:
+    """The source that a window or an index in the cache is of."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: as good as not there
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return Source(name, split, path.parent.parent.name, kept.get("files") or [shard["file"] for shard in kept["shards"]])
+    return None
 
 
 def fetch(source: Source, number: int, target: Path, vocab_size: int, minutes: float,
           stop: threading.Event | None = None) -> Converted:
     """Download file `number`, verify its checksum, and convert it to the shard `target`."""
     from huggingface_hub import HfApi, hf_hub_download
-    file, staging = source.files[number], target.with_name(f".fetch-{number:05d}{dist.node_suffix()}")
+    file, staging = source.files[number], target.with_name(staging_name(f"fetch-{number:05d}"))
     what = f"{source.name}: {file}"
 
     def download() -> Path:
-        info = HfApi().get_paths_info(source.name, [file], revision=source.revision, repo_type="dataset")[0]
+        found = HfApi().get_paths_info(source.name, [file], revision=source.revision, repo_type="dataset")
+        if not found:
+            raise DataError(f"{what}: the repository holds no such file at revision {source.revision}")
         path = Path(hf_hub_download(source.name, file, repo_type="dataset", revision=source.revision, local_dir=staging))
-        if path.stat().st_size != info.size or (info.lfs is not None and sha256(path) != info.lfs.sha256):
-            shutil.rmtree(staging)
+        if path.stat().st_size != found[0].size or (found[0].lfs is not None and sha256(path) != found[0].lfs.sha256):
+            remove_tree(staging)
             raise OSError(f"what arrived differs from the Hub's size or checksum of {file}")
         return path
 
     try:
-        staging.mkdir(parents=True, exist_ok=True)
+        make_folders(staging)
         path = with_retries(download, what, minutes, stop)
         staged = staging / target.name
         made = convert_parquet(path, staged, vocab_size)
         os.replace(staged, target)
         return made
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging)
 
 
 def download(source: Source, numbers: range, out: Path, cfg: DatasetConfig, vocab_size: int) -> None:
-    """Fetch shards `numbers` of a Hub dataset into the folder of its split, out/SPLIT, which appears when complete."""
-    staged = out / f".staging-{source.split}{dist.node_suffix()}"
-    staged.mkdir(parents=True, exist_ok=True)
+    """Fetch shards `numbers` of a Hub dataset into the folder of its split, out/SPLIT, which appears when complete.
+
+    Any number of processes and machines may do so at once.
+    """
+    staged = out / staging_name(source.split)
+    make_folders(staged)
     entries, lengths = [], set()
     try:
         for number in tqdm(numbers, desc=f"fetching {source.name}", unit=" shards", disable=None):
@@ -138,51 +201,72 @@ def download(source: Source, numbers: range, out: Path, cfg: DatasetConfig, voca
             entries.append(shard_entry(path, made.rows, made.sources))
         if len(lengths) > 1:
             raise DataError(f"{source.name}: its files have rows of different lengths, {sorted(lengths)}")
-        write_index(staged, entries, lengths.pop(), vocab_size, source.name, source.revision, first_shard=numbers.start)
+        write_index(staged, entries, lengths.pop(), vocab_size, source.name, source.revision, first_shard=numbers.start,
+                    files=[source.files[number] for number in numbers])
+        fsync_folder(staged)
         try:
             os.rename(staged, out / source.split)
-        except OSError:  # another machine, on the same disk, was faster
-            if not (out / source.split / INDEX).exists():
-                raise
+        except OSError as error:
+            if not (out / source.split / INDEX).exists():  # else somebody else was faster
+                raise DataError(f"{out / source.split}: is in the way ({error.strerror}); move it, or choose another "
+                                "place") from None
+        fsync_folder(out)
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        remove_tree(staged)
 
 
 def local_or_hub(name: str, split: str, cfg: DatasetConfig, vocab_size: int) -> Path:
     """The folder of a dataset that is small enough to have whole: `name` itself, or the copy of it from the Hub.
 
-    Every rank must call it. Raises UserError.
+    Where `name` is the folder of a dataset that is streamed, its other splits come from the same revision. Every rank must
+    call it. Raises UserError.
     """
-    if is_local(name):
-        return Path(name)
-    source = find(name, split, cfg)
-    folder = Path(cfg.cache_dir) / name.replace("/", "--") / source.revision
-    dist.on_each_node(lambda: None if (folder / split / INDEX).exists() else
-                      download(source, range(len(source.files)), folder, cfg, vocab_size))
+    folder, revision = locate(name), None
+    if folder is not None:
+        windows = [] if (folder / split / INDEX).exists() else sorted(folder.glob(f"*/{WINDOW}"))
+        if not dist.broadcast_object(bool(windows)):
+            return folder
+        name, revision = dist.on_rank0(lambda: _origin(windows[0]))
+    source = find(name, split, cfg, revision)
+    folder = source.home(cfg)
+    dist.on_each_node(lambda: _complete(source, folder, cfg, vocab_size))
     return folder
 
 
-def is_local(name: str) -> bool:
-    """Whether `name` is a path and not on the Hub. Every rank must call it. Raises ConfigError where only some have it."""
-    there = dist.all_gather_object(Path(name).exists())
-    if any(there) != all(there):
-        raise ConfigError(f"{name}: is missing on ranks {[rank for rank, found in enumerate(there) if not found]}; "
-                          f"put it on every machine")
-    return there[0]
+def _origin(window: Path) -> tuple[str, str]:
+    kept = json.loads(window.read_text(encoding="utf-8"))
+    return kept.get("source") or window.parents[2].name.replace("--", "/"), window.parents[1].name
 
 
-def fetch_tokenizer(name: str, folder: Path) -> None:
-    """Put the tokenizer.json of `name`, a folder or a model on the Hub, into `folder`, unless it is there."""
-    from huggingface_hub import hf_hub_download
-    target, local = folder / "tokenizer.json", Path(name) / "tokenizer.json"
+def _complete(source: Source, folder: Path, cfg: DatasetConfig, vocab_size: int) -> None:
+    """Have all shards of a split in its folder."""
+    split = folder / source.split
+    if not (split / INDEX).exists():
+        node_log.info(f"{source.name}: fetching its {source.split} split, {len(source.files)} files, into {split}")
+        download(source, range(len(source.files)), folder, cfg, vocab_size)
+    index = read_index(split)
+    for number, shard in enumerate(index["shards"]):
+        if not (split / shard["file"]).exists():
+            node_log.warning(f"{split / shard['file']}: is missing; fetching it again")
+            fetch(source, number, split / shard["file"], index["vocab_size"], cfg.patience_minutes)
 
-    def copy() -> None:
-        if not target.exists():
-            found = local if local.exists() else with_retries(lambda: hf_hub_download(name, "tokenizer.json"),
-                                                              f"fetching the tokenizer {name}", 1.0)
-            shutil.copy(found, target)
-    try:
-        dist.on_each_node(copy)
-    except UserError as error:
-        raise ConfigError(f"data.tokenizer.name: {name!r} cannot be had ({error}); name a folder or a "
-                          f"model on the Hub with a tokenizer.json") from None
+
+# ---- tokenizers --------------------------------------------------------------------------------------------------
+
+def fetch_tokenizer(name: str, folder: Path, minutes: float = DatasetConfig.patience_minutes) -> None:
+    """Put the tokenizer of `name`, a folder or a model on the Hub, into `folder`, which is ours, unless one is there."""
+    target = folder / "tokenizer.json"
+    if target.exists():
+        return
+    found = find_local(name, owner=False) or fetch_folder(name, "model", list(TOKENIZER_FILES), minutes)
+    found = found if found.is_dir() else found.parent
+    if not (found / target.name).is_file():
+        raise DataError(f"{name}: has no tokenizer.json; name a folder or a model on the Hub that has one")
+    make_folders(folder)
+    for file in TOKENIZER_FILES:  # the one that counts last
+        if (found / file).is_file():
+            staged, content = folder / staging_name(file), (found / file).read_bytes()
+            remove_tree(staged)
+            write_file(staged, lambda out: out.write(content))
+            os.replace(staged, folder / file)
+    fsync_folder(folder)

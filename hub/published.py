@@ -8,9 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoint import CheckpointError, compare_states, publish
-from config import ConfigError, ModelConfig, ReLoRAConfig, config_from_dict
+from config import ConfigError, DatasetConfig, ModelConfig, ReLoRAConfig, config_from_dict
 from data import ByteTokenizer
 from hub.architecture import TOP_NAMES, skeleton
+from hub.client import fetch_folder
+from hub.datasets import find_local
 from hub.llama import load_plain, plain_state, read_folder, writers
 
 
@@ -45,15 +47,8 @@ def load_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 def import_model(source: str, out: Path, revision: str | None, tokenizer: Path | None) -> None:
     """A published Pico model or a Llama folder, from disk or the Hub, as a model folder of ours."""
-    folder = Path(source)
-    if not folder.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-        try:
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise CheckpointError(f"{source}: neither a folder nor to be had from the Hub "
-                                  f"({str(error).splitlines()[0]})") from None
+    folder = find_local(source, owner=False) or fetch_folder(source, "model", ["*.json", "*.safetensors", "*.bin"],
+                                                             DatasetConfig.patience_minutes, revision)
     found, _ = read_folder(folder)
     cfg, state = load_plain(folder) if found.get("model_type") == "llama" else load_published(folder)
     words = folder if tokenizer is None else tokenizer if tokenizer.is_dir() else tokenizer.parent

@@ -1,18 +1,12 @@
 """Datasets on the Hub, streamed: shards arrive ahead of the training and leave behind it, so the disk holds a window.
 
 Any dataset repository in the layout of pico-lm/pretokenized-dolma works: SPLIT-00000-of-00010.parquet ... with a column
-input_ids. The revision is pinned at first contact. On each node one rank fetches in a thread, converts each file to a
-shard (data.py) and publishes it by renaming; the other ranks wait for the file, or for the fetcher's error.
-
-    CACHE/NAME/REVISION/SPLIT/shard-00005.npy     the window
-    CACHE/NAME/REVISION/SPLIT/window.json         {files, row_length, rows: {number: count}, sha256: {number: digest}}
-    CACHE/NAME/REVISION/SPLIT/error.txt           why the fetcher gave up
+input_ids. The revision is pinned at first contact. On each machine one rank fetches in a thread, converts each file to a
+shard (data.py) and publishes it (shard_cache.py); the other ranks wait for the file, or for the fetcher's error.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
 from pathlib import Path
@@ -20,14 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from config import ConfigError, DataConfig, DatasetConfig, ModelConfig
-from data import ByteTokenizer, DataError, TokenDataset, token_dtype
-from hub.datasets import WINDOW, Source, fetch, fetch_tokenizer, find, is_local, tell
+from config import ConfigError, DataConfig, DatasetConfig, ModelConfig, TokenizerConfig
+from data import ByteTokenizer, DamagedShard, DataError, TokenDataset, load_tokenizer, token_dtype
+from hub.datasets import Source, cache_folder, fetch, fetch_tokenizer, find, locate, naming
+from hub.parquet import Converted
+from hub.shard_cache import ShardCache
 from runtime import dist
-from runtime.files import sha256, write_text
+from runtime.files import host_name, process_name, staging_name
+from runtime.log import log, node_log
 
-ERROR = "error.txt"
 POLL_SECONDS = 0.05
+TOLD_SECONDS = 10.0  # between two lines that say what is waited for
 
 
 # ---- the window ----------------------------------------------------------------------------------------------
@@ -35,19 +32,16 @@ POLL_SECONDS = 0.05
 class Fetcher(threading.Thread):
     """Keeps shards [base - keep, base + ahead] of a source on disk; `want` moves the window."""
 
-    def __init__(self, source: Source, folder: Path, cfg: DatasetConfig, vocab_size: int, base: int, last: int,
-                 rows: dict[int, int]):
+    def __init__(self, cache: ShardCache, cfg: DatasetConfig, vocab_size: int, base: int, last: int, seen: dict[int, int]):
         super().__init__(daemon=True)
-        self.source, self.folder, self.cfg, self.vocab_size = source, folder, cfg, vocab_size
-        self.rows = rows  # of the shards seen so far
-        self.row_length: int | None = None
-        self.digests: dict[int, str] = {}
+        self.cache, self.cfg, self.vocab_size = cache, cfg, vocab_size
+        entries = cache.entries()
+        self.rows = {number: entry["rows"] for number, entry in entries.items()} | seen  # of the shards seen so far
+        self.row_length = next((entry["row_length"] for entry in entries.values()), None)
+        self.error: str | None = None
         self._base, self._last = base, last
         self._moved, self._stopping = threading.Event(), threading.Event()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ERROR).unlink(missing_ok=True)
-        self._read_window()
-        self._write_window()
+        cache.join(self._kept())
 
     def want(self, base: int, last: int) -> None:
         """Training is at shard `base` now and needs all up to `last`."""
@@ -58,12 +52,20 @@ class Fetcher(threading.Thread):
     def stop(self) -> None:
         self._stopping.set()
         self._moved.set()
+        self.cache.leave()
         self.join(timeout=10)
 
     def run(self) -> None:
         try:
+            told = self._kept()
             while not self._stopping.is_set():
-                number = self._next_missing()
+                kept = self._kept()
+                if kept != told:
+                    self.cache.tell(kept=kept)
+                    told = kept
+                if kept is not None:
+                    self.cache.keep_only(kept)
+                number = next((number for number in self._window() if self.cache.entry(number) is None), None)
                 if number is None:
                     self._moved.wait(1.0)
                     self._moved.clear()
@@ -71,50 +73,42 @@ class Fetcher(threading.Thread):
                     self._publish(number)
         except Exception as error:  # the ranks raise it when they miss the shard
             if not self._stopping.is_set():
-                write_text(self.folder / ERROR, f"{error}\n")
+                self.error = str(error) or type(error).__name__
+                self.cache.tell(error=self.error)
 
-    def _next_missing(self) -> int | None:
-        count = len(self.source.files)
+    def _window(self, behind: int = 0) -> list[int]:
         end = max(self._base + self.cfg.prefetch_shards, self._last)
-        window = [number % count for number in range(self._base, end + 1)]
-        if self.cfg.keep_shards is not None:
-            kept = {number % count for number in range(self._base - self.cfg.keep_shards, end + 1)}
-            for path in self.folder.glob("shard-*.npy"):
-                if int(path.stem[6:]) not in kept:
-                    path.unlink(missing_ok=True)
-        return next((n for n in window if not shard_path(self.folder, n).exists()), None)
+        return [number % len(self.cache.source.files) for number in range(self._base - behind, end + 1)]
+
+    def _kept(self) -> list[int] | None:
+        """The shards that may not be deleted; None: all."""
+        return None if self.cfg.keep_shards is None else self._window(self.cfg.keep_shards)
 
     def _publish(self, number: int) -> None:
-        target, first = shard_path(self.folder, number), next(iter(self.rows.values()), None)
-        staged = target.with_suffix(f".new{dist.node_suffix()}")
-        rows, row_length, _ = fetch(self.source, number, staged, self.vocab_size, self.cfg.patience_minutes, self._stopping)
-        what = f"{self.source.name}: {self.source.files[number]}"
-        if self.row_length not in (None, row_length):
-            raise DataError(f"{what} has rows of {row_length} ids, the shards before it of {self.row_length}")
-        short_last = number == len(self.source.files) - 1 and number not in self.rows
-        if rows != self.rows.get(number, first or rows) and not short_last:
-            raise DataError(f"{what} has {rows} rows where {self.rows.get(number, first)} were counted on: the order of the "
-                            f"data would shift unseen; use shards.py download for files of unequal length")
-        self.rows[number], self.row_length, self.digests[number] = rows, row_length, sha256(staged)
-        self._write_window()  # before the shard appears: who finds the shard finds its row count and checksum
-        os.replace(staged, target)
+        source, path = self.cache.source, self.cache.path(number)
+        staged = path.with_name(staging_name(path.name))
+        try:
+            made = fetch(source, number, staged, self.vocab_size, self.cfg.patience_minutes, self._stopping)
+            self._check(number, made)
+            self.rows[number], self.row_length = made.rows, made.row_length
+            self.cache.publish(number, staged, made, self.vocab_size)
+        finally:
+            staged.unlink(missing_ok=True)
 
-    def _read_window(self) -> None:
-        path = self.folder / WINDOW
-        if path.exists():
-            window = json.loads(path.read_text())
-            self.row_length = window["row_length"]
-            self.rows |= {int(n): rows for n, rows in window["rows"].items()}
-            self.digests = {int(n): digest for n, digest in window.get("sha256", {}).items()}
-
-    def _write_window(self) -> None:
-        window = {"source": self.source.name, "revision": self.source.revision, "files": self.source.files,
-                  "row_length": self.row_length, "rows": self.rows, "sha256": self.digests}
-        write_text(self.folder / WINDOW, json.dumps(window) + "\n")
+    def _check(self, number: int, made: Converted) -> None:
+        last = len(self.cache.source.files) - 1
+        what = f"{self.cache.source.name}: {self.cache.source.files[number]}"
+        if self.row_length not in (None, made.row_length):
+            raise DataError(f"{what} has rows of {made.row_length} ids, the shards before it of {self.row_length}")
+        counted_on = self.rows.get(number, usual_rows(self.rows, last) or made.rows)
+        if made.rows != counted_on and not (number == last and number not in self.rows):  # the last may be short
+            raise DataError(f"{what} has {made.rows} rows where {counted_on} were counted on: the order of the data would shift "
+                            f"unseen; use shards.py download for files of unequal length")
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.npy"
+def usual_rows(seen: dict[int, int], last: int) -> int | None:
+    """The rows of every shard but the last, which may be shorter."""
+    return next((rows for number, rows in seen.items() if number != last), seen.get(last))
 
 
 class StreamedDataset(TokenDataset):
@@ -122,27 +116,30 @@ class StreamedDataset(TokenDataset):
 
     `seen` is what a checkpoint recorded of them; `step` is where training goes on. Use `advance` as it does.
     """
+    open_shards = 2  # a map of a shard that has left the window would still hold its blocks
 
     def __init__(self, source: Source, cfg: DatasetConfig, vocab_size: int, batch_size: int, step: int = 0,
                  seen: dict[int, int] | None = None):
         self.source, self.cfg, self.batch_size = source, cfg, batch_size
-        self.folder = Path(cfg.cache_dir) / source.name.replace("/", "--") / source.revision / source.split
-        self.vocab_size, self._maps = vocab_size, {}
+        self.cache = ShardCache(source, source.home(cfg) / source.split)
         self.seen = dict(seen or {})
         self.fetcher: Fetcher | None = None
         self._closed = False
-        self.index = {"source": source.name, "revision": source.revision, "dtype": token_dtype(vocab_size).name,
-                      "shards": [{"file": shard_path(self.folder, n).name, "rows": 0} for n in range(len(source.files))]}
+        self._fetched_again: set[int] = set()
+        super().__init__(source.home(cfg), source.split, {
+            "source": source.name, "revision": source.revision, "vocab_size": vocab_size, "dtype": token_dtype(vocab_size).name,
+            "row_length": 0, "shards": [{"file": self.cache.path(n).name, "rows": 0} for n in range(len(source.files))]})
         if self.seen:
-            self._set_starts()
+            self._learn_rows()
         base, last = self._window(step) if self.seen else (0, 0)
         if dist.local_rank() == 0:
-            self.fetcher = Fetcher(source, self.folder, cfg, vocab_size, base, last, dict(self.seen))
+            self.fetcher = Fetcher(self.cache, cfg, vocab_size, base, last, dict(self.seen))
+        processes = dist.all_gather_object((host_name(), dist.local_rank(), process_name()))  # no rank may find an old window
+        self._fetching = next(name for host, local, name in processes if host == host_name() and local == 0)
+        if self.fetcher is not None:
             self.fetcher.start()
-        dist.barrier()  # no rank may find an old error or window
-        self._await(base)
-        self._set_starts()
-        self.row_length = self.index["row_length"] = self._window_file()["row_length"]
+        self.index["row_length"] = self._await(base)["row_length"]
+        self._learn_rows()
         self.advance(step)
 
     @property
@@ -167,16 +164,32 @@ class StreamedDataset(TokenDataset):
         last = len(self.source.files) - 1
         if last not in self.seen and first + count > self.starts[-2]:  # the length of an epoch matters from here on
             self._await(last)
-            self._set_starts()
+            self._learn_rows()
         return super().rows(first, count)
 
     def shard(self, number: int) -> np.ndarray:
-        if number not in self._maps:
-            self._await(number)
-            self._maps = {n: m for n, m in self._maps.items() if n == number - 1}  # let go of files that left the window
-            if digest := self._window_file().get("sha256", {}).get(str(number)):
-                self.index["shards"][number]["sha256"] = digest
+        while number not in self._maps:
+            entry = self._await(number)
+            self.index["shards"][number] |= {key: entry[key] for key in ("dtype", "sha256") if key in entry}
+            try:
+                return super().shard(number)
+            except DataError as error:
+                if not self._comes_again(number, error):
+                    raise
         return super().shard(number)
+
+    def _comes_again(self, number: int, error: DataError) -> bool:
+        """Whether a shard that could not be opened will be fetched again; a damaged one is, once."""
+        from huggingface_hub import constants
+        path = self.cache.path(number)
+        if not path.exists():
+            return True  # another run has let go of it
+        if not isinstance(error, DamagedShard) or number in self._fetched_again or constants.HF_HUB_OFFLINE:
+            return False
+        node_log.warning(f"{path}: differs from its checksum: damaged; fetching it again")
+        self._fetched_again.add(number)
+        path.unlink(missing_ok=True)
+        return True
 
     def _window(self, step: int) -> tuple[int, int]:
         """(shard of the first row of batch `step`, shard of its last), the second counted on past the end."""
@@ -186,59 +199,86 @@ class StreamedDataset(TokenDataset):
         last = int(np.searchsorted(self.starts, end % total, side="right")) - 1 + end // total * len(self.source.files)
         return base, last
 
-    def _set_starts(self) -> None:
+    def _learn_rows(self) -> None:
         """Lay the rows out by the counts seen; the first shard's stands for the others."""
-        self.seen |= {int(n): rows for n, rows in self._window_file().get("rows", {}).items()}
-        usual = self.seen.get(0) or next(iter(self.seen.values()))
+        self.seen |= {number: entry["rows"] for number, entry in self.cache.entries().items()}
+        usual = usual_rows(self.seen, len(self.source.files) - 1)
         for number, entry in enumerate(self.index["shards"]):
             entry["rows"] = self.seen.get(number, usual)
-        self.starts = np.cumsum([0] + [entry["rows"] for entry in self.index["shards"]])
+        self.lay_out()
 
-    def _window_file(self) -> dict[str, Any]:
-        path = self.folder / WINDOW
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def _await(self, number: int) -> None:
-        """Until shard `number` is there. Raises the fetcher's error if that comes first."""
+    def _await(self, number: int) -> dict[str, Any]:
+        """The entry of shard `number`, once it is there. Raises the fetcher's error if that comes first."""
         begun = told = time.monotonic()
-        path = shard_path(self.folder, number)
-        while not path.exists():
-            error = self.folder / ERROR
-            if error.exists():
-                raise DataError(error.read_text().strip())
+        while (entry := self.cache.entry(number)) is None:
+            error = self.fetcher.error if self.fetcher is not None else self.cache.error_of(self._fetching)
+            if error:
+                raise DataError(error)
             if self._closed:
                 raise DataError(f"{self.source.name}: closed while waiting for shard {number}")
-            if time.monotonic() - told > 10 and dist.local_rank() == 0:
+            if time.monotonic() - told > TOLD_SECONDS:
                 told = time.monotonic()
-                tell(f"waiting for shard {number} of {self.source.name}, {told - begun:.0f} s so far")
+                node_log.info(f"waiting for shard {number} of {self.source.name}, {told - begun:.0f} s so far")
             time.sleep(POLL_SECONDS)
+        return entry
 
 
 # ---- what a run opens ------------------------------------------------------------------------------------------
 
+def open_rows(cfg: DatasetConfig, vocab_size: int, batch_size: int, step: int = 0,
+              saved: dict[str, Any] | None = None) -> TokenDataset:
+    """The train split of cfg.name, a folder or a Hub dataset, which is streamed. Every rank must call it. Raises UserError."""
+    with naming("data.dataset.name"):
+        folder = locate(cfg.name)
+        source = None if folder is not None else find(cfg.name, "train", cfg, saved["revision"] if saved else None)
+    if source is None:
+        return TokenDataset(folder)
+    return StreamedDataset(source, cfg, vocab_size, batch_size, step, saved["seen"] if saved else None)
+
+
 def open_dataset(data: DataConfig, model: ModelConfig, step: int, saved: dict[str, Any] | None) -> TokenDataset:
-    """The training rows of `data`, from a local folder or the Hub; `saved` is a checkpoint's dataset.state.
+    """The training rows of `data` with their tokenizer; `saved` is a checkpoint's dataset.state.
 
     Every rank must call it. Raises UserError where the rows do not fit the model or are not those of the checkpoint.
     """
-    d, m = data.dataset, model
-    if is_local(d.name):
-        dataset = TokenDataset(d.name)
-        if dataset.vocab_size > ByteTokenizer.vocab_size:  # not bytes: text could not be shown, nor the model exported
-            fetch_tokenizer(data.tokenizer.name, Path(d.name))
-    else:
-        source = find(d.name, "train", d, saved["revision"] if saved else None)
-        dataset = StreamedDataset(source, d, m.vocab_size, data.dataloader.batch_size, step,
-                                  saved["seen"] if saved else None)
-        fetch_tokenizer(data.tokenizer.name, dataset.folder.parent)
-    if dataset.row_length != m.max_seq_len + 1:
-        raise ConfigError(f"model.max_seq_len: {m.max_seq_len} needs rows of {m.max_seq_len + 1} tokens, but "
+    dataset = open_rows(data.dataset, model.vocab_size, data.dataloader.batch_size, step, saved)
+    if dataset.row_length != model.max_seq_len + 1:
+        raise ConfigError(f"model.max_seq_len: {model.max_seq_len} needs rows of {model.max_seq_len + 1} tokens, but "
                           f"{dataset.folder} has {dataset.row_length}; use model.max_seq_len={dataset.row_length - 1}")
-    if dataset.vocab_size > m.vocab_size:
-        raise ConfigError(f"model.vocab_size: {m.vocab_size} is below the {dataset.vocab_size} of {dataset.folder}; "
+    if dataset.vocab_size > model.vocab_size:
+        raise ConfigError(f"model.vocab_size: {model.vocab_size} is below the {dataset.vocab_size} of {dataset.folder}; "
                           f"use model.vocab_size={dataset.vocab_size}")
-    dataset.rows(step * data.dataloader.batch_size, 1)  # fails on a bad shard before anything is written
+    some = min(len(dataset), 1 if isinstance(dataset, StreamedDataset) else 64)
+    first = dataset.rows(step * data.dataloader.batch_size, some)  # fails on a bad shard before anything is written
     if saved and saved["fingerprint"] != dataset.fingerprint:
-        raise ConfigError(f"data.dataset.name: {d.name} holds other tokens than the checkpoint was trained on; put the "
-                          f"old ones back, or choose another checkpointing.run_name")
+        raise ConfigError(f"data.dataset.name: {data.dataset.name} holds other tokens than the checkpoint was trained on; put "
+                          f"the old ones back, or choose another checkpointing.run_name")
+    dataset.tokenizer_folder = find_tokenizer(dataset, data.tokenizer, data.dataset, int(first.max()))
     return dataset
+
+
+def find_tokenizer(dataset: TokenDataset, cfg: TokenizerConfig, cache: DatasetConfig, largest: int) -> Path:
+    """The folder of the tokenizer of rows that hold ids up to `largest`; bytes are a folder without one.
+
+    It is the dataset's own, or data.tokenizer.name's, which is kept below the cache and never put beside the data. Every
+    rank must call it. Raises ConfigError for one that cannot have made the rows.
+    """
+    own, streamed = dataset.folder.parent, isinstance(dataset, StreamedDataset)
+    if not streamed and (dataset.vocab_size <= ByteTokenizer.vocab_size or (own / "tokenizer.json").exists()):
+        folder, name = own, f"{own / 'tokenizer.json'}"
+    else:
+        with naming("data.tokenizer.name"):
+            folder, name = locate(cfg.name, owner=False), cfg.name
+            if folder is None:
+                folder = cache_folder(cache) / "tokenizers" / cfg.name.replace("/", "--")
+                dist.on_each_node(lambda: fetch_tokenizer(cfg.name, folder, cache.patience_minutes))
+            folder = folder if folder.is_dir() else folder.parent
+    count = load_tokenizer(folder).vocab_size
+    guessed = folder != own and not streamed and cfg.name == TokenizerConfig.name
+    if largest >= count or (folder != own and count > dataset.vocab_size) or (guessed and count < dataset.vocab_size / 2):
+        raise ConfigError(f"data.tokenizer.name: {name} has {count:,} ids and cannot have made {dataset.folder}, with ids up to "
+                          f"{largest:,} of {dataset.vocab_size:,}; put the tokenizer.json that did beside the data, or name it "
+                          f"with data.tokenizer.name=FOLDER")
+    if folder != own:
+        log.info(f"{own} has no tokenizer.json of its own; taking data.tokenizer.name, {name} ({count:,} ids)")
+    return folder

@@ -7,6 +7,7 @@ once, whatever failed in between. The token comes from the environment or the Hu
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -16,11 +17,10 @@ from typing import NamedTuple
 
 from checkpoint import CheckpointError, read_manifest, step_folders
 from config import CheckpointingConfig, load_config
-from hub.datasets import first_line
+from hub.client import Refused, with_retries
 from runtime.log import log
 
 COMMITS_PER_HOUR = 120  # the Hub allows about 128 a repository
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds between tries; doubled each time
 
 
 class Commit(NamedTuple):
@@ -91,37 +91,31 @@ class Uploader:
             self._kicked.wait()
             self._kicked.clear()
             closing = self._closing.is_set()  # asked before the sync: what is there by now will be sent
-            self.sync_with_retries(tries=None)
+            try:
+                self.sync(math.inf)
+            except Refused as error:
+                log.warning(f"{error}; trying again at the next checkpoint, or with: python export.py upload '{self.run}'")
+            except Exception as error:  # whatever it is, training goes on
+                log.warning(f"upload to {self.repo}: {type(error).__name__}: {error}")
             if closing:
                 return
 
-    def sync_with_retries(self, tries: int | None) -> int:
-        """`sync`, tried again with growing pauses; returns how many commits it took. Raises after `tries` in vain."""
-        pause, failures, before = FIRST_PAUSE, 0, self.made
-        while True:
-            progress = self.made
-            try:
-                self.sync()
-                return self.made - before
-            except Exception as error:  # whatever it is, training goes on
-                failures = failures + 1 if self.made == progress else 1
-                if failures == tries or _refused(error) and tries is not None:
-                    raise
-                pause = min(2 * pause, LONGEST_PAUSE) if failures > 1 else FIRST_PAUSE
-                log.warning(f"upload to {self.repo}: {first_line(error)}; trying again in {pause:.0f} s")
-                time.sleep(pause)
+    def sync(self, minutes: float) -> None:
+        """Make every commit that is not on the branch yet; the Hub may be away for `minutes`. Raises HubError."""
+        for commit in commits(self.run, self.cfg):
+            with_retries(lambda: self._send(commit), f"upload to {self.repo}", minutes)
 
-    def sync(self) -> None:
-        """Make every commit that is not on the branch yet."""
+    def _send(self, commit: Commit) -> None:
+        """Make a commit, unless a try whose answer got lost has made it, or its files have been pruned since."""
         if self.sent is None:
             self.sent = self._titles()
-        for commit in commits(self.run, self.cfg):
-            if commit.title not in self.sent:
-                self._wait_for_turn()
-                sent, self.sent = self.sent, None  # should the answer get lost, ask again what is there
-                self._commit(commit)
-                self.sent = sent | {commit.title}
-                self.made += 1
+        if commit.title in self.sent or not all(path.is_file() for path in commit.files.values()):
+            return
+        self._wait_for_turn()
+        sent, self.sent = self.sent, None  # should the answer get lost, ask again what is there
+        self._commit(commit)
+        self.sent = sent | {commit.title}
+        self.made += 1
 
     def _titles(self) -> set[str]:
         """The titles on the branch; makes repository, branch and collection entry first, each once."""
@@ -131,16 +125,21 @@ class Uploader:
         titles = {commit.title for commit in self.api.list_repo_commits(self.repo, revision=self.branch)}
         if self._fresh and (others := sum(title.startswith("Saving ") for title in titles)):
             log.warning(f"upload to {self.repo}: branch {self.branch} holds {others} commits of an earlier run of this name, "
-                        f"which "
-                     f"stay; delete the branch, or choose another checkpointing.run_name")
+                        "which stay; delete the branch, or choose another checkpointing.run_name")
         self._fresh = False
         return titles
 
     def _preparations(self) -> list[Callable[[], object]]:
         slug = self.cfg.hf_checkpoint.collection_slug
-        steps = [lambda: self.api.create_repo(self.repo, exist_ok=True),
+        steps = [self._add_owner, lambda: self.api.create_repo(self.repo, exist_ok=True),
                  lambda: self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)]
         return steps + ([lambda: self.api.add_collection_item(slug, self.repo, "model", exists_ok=True)] if slug else [])
+
+    def _add_owner(self) -> None:
+        """A repository without an owner is the token's user's."""
+        if "/" not in self.repo:
+            self.repo = f"{self.api.whoami()['name']}/{self.repo}"
+            log.info(f"uploads go to {self.repo}")
 
     def _commit(self, commit: Commit) -> None:
         from huggingface_hub import CommitOperationAdd
@@ -153,22 +152,15 @@ class Uploader:
         self._times.append(time.monotonic())
 
 
-def _refused(error: Exception) -> bool:
-    """Whether it is the token that is wrong, which trying again will not change."""
-    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
-
-
 def upload_run(run: Path) -> None:
-    """Send what a run has not sent yet, as `python export.py upload RUN`. Raises CheckpointError."""
+    """Send what a run has not sent yet, as `python export.py upload RUN`. Raises UserError."""
     path = run / "training_config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run}: not a run folder: it has no training_config.yaml")
-    cfg = load_config(path).checkpointing
+    whole = load_config(path)
+    cfg = whole.checkpointing
     if not cfg.hf_checkpoint.repo_id:
         raise CheckpointError(f"checkpointing.hf_checkpoint.repo_id: is empty in {path}; set it to owner/name")
-    try:
-        made = Uploader(run, cfg).sync_with_retries(tries=5)
-    except Exception as error:
-        fix = "log in with `hf auth login`, or set HF_TOKEN" if _refused(error) else "try again later"
-        raise CheckpointError(f"upload to {cfg.hf_checkpoint.repo_id}: {first_line(error)}; {fix}") from None
-    print(f"{made} commits made on {cfg.hf_checkpoint.repo_id}, branch {run.resolve().name}")
+    uploader = Uploader(run, cfg)
+    uploader.sync(whole.data.dataset.patience_minutes)
+    print(f"{uploader.made} commits made on {uploader.repo}, branch {uploader.branch}")

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import BlimpConfig, ConfigError
+from config import BlimpConfig, ConfigError, DatasetConfig, UserError
+from hub import parquet
+from hub.client import fetch_folder
+from hub.datasets import find_local
 from runtime import dist
 
 
@@ -23,27 +26,24 @@ class Pair(NamedTuple):
     bad: str
 
 
-def load_pairs(cfg: BlimpConfig) -> list[Pair]:
-    """The pairs that cfg asks for, paradigm by paradigm. Every rank must call it. Raises ConfigError naming the key."""
-    return dist.on_rank0(lambda: _load_pairs(cfg))
+def load_pairs(cfg: BlimpConfig, minutes: float = DatasetConfig.patience_minutes) -> list[Pair]:
+    """The pairs that cfg asks for, paradigm by paradigm; the Hub may be away for `minutes`. Every rank must call it.
+
+    Raises ConfigError naming the key.
+    """
+    return dist.on_rank0(lambda: _load_pairs(cfg, minutes))
 
 
-def _load_pairs(cfg: BlimpConfig) -> list[Pair]:
-    path = Path(cfg.dataset_name)
-    key = "evaluation.blimp.dataset_name"
+def _load_pairs(cfg: BlimpConfig, minutes: float) -> list[Pair]:
     try:
-        if path.is_dir():
-            texts = [p.read_text(encoding="utf-8") for p in sorted(path.rglob("*.jsonl"))]
-        elif path.is_file():
-            texts = list(_zipped(path))
-        else:
-            texts = _from_hub(cfg.dataset_name)
-        found = [_pair(line) for text in texts for line in text.splitlines() if line.strip()]
+        path = find_local(cfg.dataset_name)
+        path = path or fetch_folder(cfg.dataset_name, "dataset", ["*.jsonl", "*.zip", "*.parquet"], minutes)
+        found = [_pair(line) for text in _texts(path) for line in text.splitlines() if line.strip()]
         if not found:
             raise ValueError("no pairs in it")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{key}: {cfg.dataset_name!r} cannot be read ({error}); give BLiMP.zip or a folder of its "
-                          f"jsonl files") from None
+    except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"evaluation.blimp.dataset_name: {cfg.dataset_name!r} cannot be read ({error}); give BLiMP.zip, or a "
+                          f"folder of its jsonl or parquet files") from None
     chosen: dict[str, list[Pair]] = defaultdict(list)
     for pair in found:
         if any(fnmatchcase(pair.uid, glob) for glob in cfg.metric_uids):
@@ -52,6 +52,18 @@ def _load_pairs(cfg: BlimpConfig) -> list[Pair]:
         raise ConfigError(f"evaluation.blimp.metric_uids: {cfg.metric_uids} match none of "
                           f"{len({p.uid for p in found})} paradigms in {cfg.dataset_name}")
     return [pair for uid in sorted(chosen) for pair in chosen[uid][:cfg.samples_per_set]]
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The lines of JSON of a zip, or of a folder: of its parquet files if it has any, else its zip's, else its jsonl files'."""
+    if path.is_file():
+        yield from _zipped(path)
+    elif parquets := sorted(path.rglob("*.parquet")):
+        yield from ("\n".join(map(json.dumps, parquet.records(file))) for file in parquets)
+    elif zips := sorted(path.rglob("*.zip")):
+        yield from _zipped(zips[0])
+    else:
+        yield from (file.read_text(encoding="utf-8") for file in sorted(path.rglob("*.jsonl")))
 
 
 def _zipped(path: Path) -> Iterator[str]:
@@ -67,21 +79,6 @@ def _pair(line: str) -> Pair:
     if not all(isinstance(text, str) for text in pair):
         raise ValueError(f"not texts: {line[:80]}")
     return pair
-
-
-def _from_hub(name: str) -> list[str]:
-    """The jsonl files, or the zip of them, of a Hub dataset."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    try:
-        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.jsonl", "*.zip", "*.parquet"]))
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(f"neither a local file nor to be had from the Hub: {str(error).splitlines()[0]}") from None
-    if parquets := sorted(folder.rglob("*.parquet")):
-        from hub import parquet
-        return ["\n".join(map(json.dumps, parquet.records(path))) for path in parquets]
-    zips = sorted(folder.rglob("*.zip"))
-    return list(_zipped(zips[0])) if zips else [p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*.jsonl"))]
 
 
 def accuracies(pairs: list[Pair], right: np.ndarray) -> dict[str, Any]:

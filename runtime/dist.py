@@ -46,12 +46,6 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def node_suffix() -> str:
-    """For names of unfinished files: machines that share a disk must not write to one another's."""
-    node = os.environ.get("GROUP_RANK", "0")
-    return "" if node == "0" else f".node{node}"
-
-
 @contextlib.contextmanager
 def session(device: torch.device, hang_minutes: float = 30, patience_minutes: float = 60) -> Iterator[torch.device]:
     """Join the process group, if torchrun started us, and leave it at the end; yields `device`, this rank's.

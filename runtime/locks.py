@@ -95,6 +95,11 @@ def _machine() -> str:
     return " ".join(parts)
 
 
+def alive(pid: int) -> bool:
+    """Whether there is such a process on this machine, as far as this system tells."""
+    return _birth(pid) != ""
+
+
 def _birth(pid: int) -> str:
     """When a living process began, in words of this system; "" for a dead one: process numbers come again."""
     try:

@@ -1,7 +1,8 @@
 """A small Hugging Face Hub on loopback: the endpoints that the real client calls, with faults on demand.
 
 Start it with `with Hub() as hub:` and point HF_ENDPOINT at hub.url. Faults are functions (request line -> action)
-in hub.faults; an action is None, a status such as 503, "truncate", "lie" (other bytes), or "drop" (close at once).
+in hub.faults; an action is None, a status such as 503, (status, code, message) as the Hub says why, "truncate", "lie" (other
+bytes), or "drop" (close at once).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import urllib.parse
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-Action = int | str | None
+Action = int | str | tuple[int, str, str] | None
 
 
 class Hub:
@@ -106,6 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
         action = self.hub.action(line)
         if action == "drop":
             return self._drop()
+        if isinstance(action, tuple):
+            status, code, message = action
+            return self._answer(status, b"{}", {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}))
         if isinstance(action, int):
             return self._answer(action, b"busy", {"Retry-After": str(self.hub.retry_after)} if action in (429, 503) else {})
         path = urllib.parse.unquote(self.path.split("?")[0])
@@ -134,6 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             self.hub.repos.setdefault(f"models/{asked.get('organization') or 'lab'}/{asked['name']}", {})
             return self._json({"url": f"{self.hub.url}/{asked.get('organization') or 'lab'}/{asked['name']}"})
+        if path == "whoami-v2":
+            return self._json({"type": "user", "name": "lab", "fullname": "A lab", "orgs": []})
         kind, owner, name, *rest = path.split("/")
         if kind == "collections":
             self.hub.collections.setdefault(f"{owner}/{name}", []).append(json.loads(body)["item"]["id"])

@@ -1,9 +1,14 @@
 """Token shards as batches: the order against plain numpy, the partition over ranks, and errors that name the file."""
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lab
-from data import BatchLoader, ByteTokenizer, DataError, JsonTokenizer, TokenDataset, load_tokenizer, token_dtype
+from data import (BatchLoader, ByteTokenizer, DamagedShard, DataError, JsonTokenizer, TokenDataset, load_tokenizer, to_device,
+                  token_dtype)
 from shards import write_shards
 
 SIZES = (5, 1, 7, 3)  # rows of the shards: 16 in all
@@ -160,27 +166,57 @@ def zipped(path):
         np.savez(file, np.zeros((7, 9), np.uint16))
 
 
+def damaged_header(path):
+    """One flipped bit in the header, which numpy hands to Python's own tokenizer."""
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"{'descr'", b"{'descr`", 1))
+
+
+def flipped_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("harm, reason", [
-    (lambda path: path.unlink(), "cannot be opened"),
     (lambda path: os.truncate(path, path.stat().st_size - 1), "cannot be opened"),
     (lambda path: os.truncate(path, 20), "cannot be opened"), (lambda path: path.write_bytes(b""), "cannot be opened"),
     (lambda path: path.write_bytes(b"not numpy"), "cannot be opened"), (pickled, "cannot be opened"), (zipped, None),
+    (damaged_header, "cannot be opened"),
     (lambda path: np.save(path, np.zeros((7, 8), np.uint16)), r"\(7, 8\)"),
     (lambda path: np.save(path, np.zeros((6, 9), np.uint16)), r"\(6, 9\)"),
     (lambda path: np.save(path, np.zeros((7, 9), np.int64)), "int64"),
     (lambda path: np.save(path, np.zeros((7, 9), ">u2")), None),  # which torch cannot take
-    (lambda path: np.save(path, np.eye(7, 9, k=-4, dtype=np.uint16) * 144) or sign(path.parent), "row 4 holds id 144"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-3] + bytes([path.read_bytes()[-3] ^ 1]) + path.read_bytes()[-2:]),
-     "a bit has flipped")],
-    ids="missing truncated cut-header empty text pickle npz row-length rows int64 big-endian id flipped-bit".split())
-def test_a_bad_shard_is_an_error_naming_it_and_runs_nothing(folder, harm, reason):
+    (lambda path: np.save(path, np.eye(7, 9, k=-4, dtype=np.uint16) * 144), "row 4 holds id 144"),
+    (flipped_bit, "row 6 holds id")],
+    ids="truncated cut-header empty text pickle npz header row-length rows int64 big-endian id flipped-bit".split())
+@pytest.mark.parametrize("signed", [False, True])  # True: whoever made the shard made the index's checksum for it, too
+def test_a_bad_shard_is_an_error_naming_it_and_runs_nothing(folder, harm, reason, signed):
     path = folder / "train" / "2.npy"
     harm(path)
+    if signed:
+        sign(path.parent)
     dataset = TokenDataset(folder)
     dataset.rows(0, 6)  # the two shards before it are sound
-    with pytest.raises(DataError, match=reason) as caught:
+    with pytest.raises(DataError, match=reason if signed else "differs from its checksum") as caught:
         dataset.rows(5, 8)
     assert str(path) in str(caught.value) and not (folder / "train" / "executed").exists()
+
+
+def test_a_shard_that_is_missing_is_an_error_naming_it(folder):
+    (folder / "train" / "2.npy").unlink()
+    with pytest.raises(DataError, match="2.npy: cannot be opened .*No such file"):
+        TokenDataset(folder).rows(5, 8)
+
+
+def test_a_stranger_s_damaged_header_is_one_line(folder):
+    """Whatever numpy and this Python raise of it."""
+    if not (example := lab.SHARED.parent / "cases/strangers/header.npy").exists():
+        pytest.skip("no such example here")
+    shutil.copy(example, folder / "train" / "2.npy")
+    sign(folder / "train")
+    with pytest.raises(DataError, match="2.npy: cannot be opened"):
+        TokenDataset(folder).rows(5, 8)
 
 
 @pytest.mark.parametrize("index", [
@@ -214,6 +250,92 @@ def test_a_missing_or_unreadable_index_is_an_error_naming_it(tmp_path, content):
     with pytest.raises(DataError, match="shards.py" if content is None else None) as caught:
         TokenDataset(tmp_path)
     assert str(tmp_path / "train" / "index.json") in str(caught.value)
+
+
+# ---- many shards, and a disk that fails for a moment -------------------------------------------------------------
+
+MANY = """
+import resource, sys, time
+import numpy as np
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+import data
+from data import BatchLoader, TokenDataset
+import torch
+
+digests, sha256 = [], data.sha256
+data.sha256 = lambda path: digests.append(path) or sha256(path)
+dataset = TokenDataset(sys.argv[1])
+seen = [dataset.rows(first, 2).copy() for first in range(0, 3 * len(dataset), 2)]  # three epochs
+assert len(digests) == len(set(digests)) == len(dataset.index["shards"]), "each shard is hashed once"
+np.save(sys.argv[2], np.concatenate(seen))
+with BatchLoader(dataset, 0, 4, 2, 1, 2, torch.device("cpu")) as batches:
+    for _ in range(200):
+        batches.next(20)
+    dataset.batch(7, 64)  # as the training thread does meanwhile
+"""
+
+
+def test_more_shards_than_a_process_may_open_files(tmp_path):
+    """A map holds a descriptor: only those in use stay open; and none is hashed each time it is opened again."""
+    rows = np.random.default_rng(0).integers(64, size=(1300, 3), dtype=np.uint16)
+    write_split(tmp_path / "set" / "train", list(rows[:, None]))
+    done = subprocess.run([sys.executable, "-c", MANY, tmp_path / "set", tmp_path / "seen.npy"], cwd=lab.ROOT, timeout=120,
+                          capture_output=True, text=True, env={**os.environ, **lab.ENV})
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_array_equal(np.load(tmp_path / "seen.npy"), np.concatenate([rows] * 3))
+    limited = ["-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
+                     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"]
+    done = subprocess.run([sys.executable, *limited, "shards.py", "verify", tmp_path / "set"], cwd=lab.ROOT, timeout=120,
+                          capture_output=True, text=True, env={**os.environ, **lab.ENV})
+    assert "1,300 rows" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_shard_that_changes_while_it_is_closed_is_hashed_again(folder, raw):
+    dataset = TokenDataset(folder)
+    dataset.open_shards = 1
+    np.testing.assert_array_equal(dataset.rows(0, 16), raw)
+    flipped_bit(folder / "train" / "0.npy")
+    os.utime(folder / "train" / "0.npy", ns=(1, 1))  # however coarse the clock of the disk is
+    with pytest.raises(DamagedShard, match="0.npy: differs"):
+        dataset.rows(0, 16)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES, errno.EMFILE], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["index.json", "2.npy"])
+def test_a_disk_that_fails_for_a_moment_is_asked_again(folder, raw, monkeypatch, name, code):
+    """And if it goes on failing, the error is one line that names the file."""
+    failing, opened = [2], io.open
+
+    def fail(file, *args, **options):
+        if str(file).endswith(name) and failing[0]:
+            failing[0] -= 1
+            raise OSError(code, os.strerror(code), str(file))
+        return opened(file, *args, **options)
+    monkeypatch.setattr("runtime.files.PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("io.open", fail)
+    monkeypatch.setattr("builtins.open", fail)
+    np.testing.assert_array_equal(TokenDataset(folder).rows(0, 16), raw)
+    assert failing == [0]
+    failing[0] = 1000
+    with pytest.raises(DataError) as caught:
+        TokenDataset(folder).rows(0, 16)
+    assert str(folder / "train" / name) in str(caught.value) and os.strerror(code) in str(caught.value)
+
+
+def test_only_copies_to_cuda_are_not_waited_for():
+    """To MPS such a copy may read memory that has been given to somebody else by then."""
+    class Record(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            asked.append((getattr(function, "__name__", ""), kwargs or {}))
+            return function(*args, **(kwargs or {}))
+    asked = []
+    with Record():
+        moved = to_device(np.arange(6, dtype=np.uint16).reshape(2, 3), torch.device("meta"))
+    assert moved.dtype == torch.int64 and moved.device.type == "meta"
+    assert {"to"} <= {name for name, _ in asked} and not any(options.get("non_blocking") for _, options in asked)
+    places = [path.name for path in [*lab.ROOT.glob("*.py"), *lab.ROOT.glob("*/*.py")] if path.parent.name != "tests"
+              and "non_blocking" in path.read_text()]
+    assert places == ["data.py"]
 
 
 # ---- the thread ----------------------------------------------------------------------------------------------

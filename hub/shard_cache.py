@@ -1,0 +1,148 @@
+"""A folder of streamed shards that any number of processes and machines fill, use and clear at once, without locks.
+
+What is in it has its final name only once it is whole: it is made under a name of its process alone, then renamed. A shard
+without its entry counts as missing, and what is missing is fetched again; so whatever is lost in a race costs a download.
+
+    CACHE/NAME/REVISION/SPLIT/window.json             {source, revision, files}
+    CACHE/NAME/REVISION/SPLIT/shard-00005.npy         the shard
+    CACHE/NAME/REVISION/SPLIT/shard-00005.json        its entry: {rows, row_length, dtype, sha256}
+    CACHE/NAME/REVISION/SPLIT/window-HOST-PID.json    of each process that fetches: the shards that it has use for, its error
+
+Earlier versions kept the entries in window.json, as {row_length, rows: {number: count}, sha256: {number: digest}}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from config import UserError
+from data import token_dtype
+from hub.datasets import WINDOW, Source
+from hub.parquet import Converted
+from runtime.files import STAGING, make_folders, process_name, read_text, remove_tree, sha256, write_text
+from runtime.locks import alive
+
+BEAT_SECONDS, LIVE_SECONDS = 10.0, 180.0  # between signs of life; after which a process counts as gone (NFS may be 60 s late)
+LEFTOVER_SECONDS = 86400.0  # after which what another machine left half made is nobody's
+
+
+class ShardCache:
+    """The shards of one split, by number."""
+
+    def __init__(self, source: Source, folder: Path):
+        self.source, self.folder = source, folder
+        self.window = folder / f"window-{process_name()}.json"  # this process's own
+        self._told: dict[str, Any] = {"kept": [], "error": None}
+        self._telling = threading.Lock()
+        self._left = threading.Event()
+
+    # ---- shards ----------------------------------------------------------------------------------------------
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.npy"
+
+    def entry(self, number: int) -> dict[str, Any] | None:
+        """{rows, row_length} of a shard that is here whole; but for an earlier version's also {dtype, sha256}."""
+        if not self.path(number).exists():
+            return None
+        return _read(self.path(number).with_suffix(".json")) or self._earlier().get(number)
+
+    def entries(self) -> dict[int, dict[str, Any]]:
+        """{number: entry} of every shard that is known here."""
+        found = {int(path.stem[6:]): _read(path) for path in self.folder.glob("shard-*.json")}
+        return {number: entry for number, entry in sorted((self._earlier() | found).items()) if entry}
+
+    def _earlier(self) -> dict[int, dict[str, Any]]:
+        window = _read(self.folder / WINDOW)
+        return {int(number): {"rows": rows, "row_length": window["row_length"]}
+                | ({"sha256": window["sha256"][number]} if number in window.get("sha256", {}) else {})
+                for number, rows in window.get("rows", {}).items()}
+
+    def publish(self, number: int, staged: Path, made: Converted, vocab_size: int) -> None:
+        """Give a converted shard its name, unless another process has been faster."""
+        if self.entry(number) is not None:
+            staged.unlink()
+            return
+        entry = {"rows": made.rows, "row_length": made.row_length, "dtype": token_dtype(vocab_size).name,
+                 "sha256": sha256(staged)}
+        write_text(self.path(number).with_suffix(".json"), json.dumps(entry) + "\n")
+        os.replace(staged, self.path(number))
+
+    def keep_only(self, kept: Iterable[int]) -> None:
+        """Delete the shards that neither are in `kept` nor in the window of any other live process."""
+        surplus = {int(path.stem[6:]) for path in self.folder.glob("shard-*.npy")} - set(kept)
+        for window in self._others() if surplus else []:
+            surplus = set() if window["kept"] is None else surplus - set(window["kept"])
+        for number in surplus:
+            self.path(number).unlink(missing_ok=True)
+            self.path(number).with_suffix(".json").unlink(missing_ok=True)
+
+    # ---- processes ---------------------------------------------------------------------------------------------
+
+    def join(self, kept: list[int] | None) -> None:
+        """Begin to fetch into the folder, and to show signs of life."""
+        make_folders(self.folder)
+        self._remove_leftovers()
+        if not (self.folder / WINDOW).exists():
+            write_text(self.folder / WINDOW, json.dumps({"source": self.source.name, "revision": self.source.revision,
+                                                         "files": self.source.files}) + "\n")
+        self.tell(kept=kept, error=None)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def tell(self, **news: Any) -> None:
+        """Show other processes the shards that this one has use for (`kept`; None: all), and its `error`."""
+        with self._telling:
+            self._told |= news
+            if not self._left.is_set():
+                write_text(self.window, json.dumps(self._told) + "\n")
+
+    def leave(self) -> None:
+        self._left.set()
+        with self._telling:
+            self.window.unlink(missing_ok=True)
+
+    def error_of(self, process: str) -> str | None:
+        """Why another process has given up."""
+        return _read(self.folder / f"window-{process}.json").get("error")
+
+    def _beat(self) -> None:
+        while not self._left.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a disk that is full, say, until the next time
+                self.tell()
+
+    def _others(self) -> list[dict[str, Any]]:
+        """The windows of other live processes. Times of the disk are compared with each other, not with this clock's."""
+        if not self.window.exists():  # taken for a dead process's
+            self.tell()
+        found, now = [], self.window.stat().st_mtime
+        for path in self.folder.glob("window-*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if path != self.window and now - path.stat().st_mtime < LIVE_SECONDS and (window := _read(path)):
+                    found.append(window)
+        return found
+
+    def _remove_leftovers(self) -> None:
+        """Delete what processes that have ended left behind: windows, and what they had half made."""
+        for path in [*self.folder.glob(f"{STAGING}*@*"), *self.folder.glob("window-*.json")]:
+            name = path.name.rpartition("@")[2] if path.name.startswith(STAGING) else path.stem.removeprefix("window-")
+            host, _, pid = name.rpartition("-")
+            with contextlib.suppress(OSError):
+                here = host == process_name().rpartition("-")[0]
+                if (here and pid.isdigit() and not alive(int(pid))) or time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    remove_tree(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is none, or a damaged one."""
+    try:
+        value = json.loads(read_text(path))
+        return value if isinstance(value, dict) else {}
+    except (OSError, ValueError, UserError):
+        return {}
