@@ -176,7 +176,10 @@ class Setting:
             return None
         name = str(self.dataset) if cfg.eval_data == "val" else cfg.eval_data
         rows = self.open_rows(name, "val", "checkpointing.learning_dynamics.eval_data")
-        return self.cut(rows.rows(0, min(len(rows), cfg.max_rows or len(rows))), self.model.max_seq_len, "the val snapshot")
+        count = min(len(rows), cfg.max_rows or len(rows))
+        if count < len(rows):
+            log.info(f"the val snapshot: the first {count:,} of {len(rows):,} rows (checkpointing.learning_dynamics.max_rows)")
+        return self.cut(rows.rows(0, count), self.model.max_seq_len, "the val snapshot")
 
 
 class Evaluator(Protocol):

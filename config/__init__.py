@@ -14,12 +14,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from config.checks import check, check_resume, check_strategy, warnings  # noqa: F401 (some are for importers)
 from config.reading import ConfigError, UserError, apply_overrides, build, flat, option, read_yaml, show  # noqa: F401
+
+for _module in Path(__file__).parent.parent.glob("*.py"):  # this is the first import of every command
+    if (_module.with_suffix("") / "__init__.py").exists():  # it would win the import from the module, and be executed
+        print(f"error: {_module.with_suffix('')}/: a folder with an __init__.py would be run in place of {_module.name}; data "
+              f"sets belong in corpora/: rename the folder, or delete its __init__.py", file=sys.stderr)
+        raise SystemExit(2)
+
 
 # ---- data ---------------------------------------------------------------------------------------
 
@@ -215,7 +223,7 @@ class LearningDynamicsConfig:
     sequence_idx: int = option(-1, least=-math.inf)  # the position whose activations are kept
     batch_size: int = 8  # rows a forward of the snapshot; bounds its memory, not its size
     eval_data: str | None = "pico-lm/pretokenized-paloma-tinsy"  # of the val snapshot: Hub name, folder, or val
-    max_rows: int | None = None  # (ours) rows of a snapshot; null: the whole batch, all of eval_data
+    max_rows: int | None = 2048  # (ours) rows of a snapshot at most; null: the whole batch, all of eval_data
     optimizer_states: bool = False  # (ours) also keep the optimizer's state of these layers
 
 

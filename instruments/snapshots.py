@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from checkpoint import CheckpointError, gather_state, read_manifest, step_folders
 from config import ConfigError, LearningDynamicsConfig
@@ -90,7 +91,8 @@ def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig,
     gradients = {name: torch.zeros(m.out_features, m.in_features, device=device) for name, m in layers.items()}
     # not compiled, also since the outputs of compiled layers would not be part of the graph
     with eval_mode(model, device), taps(layers) as seen:
-        for piece, share in _examples(rows, cfg.batch_size):
+        batches = list(_examples(rows, cfg.batch_size))
+        for piece, share in tqdm(batches, desc="snapshot", leave=False, disable=None if dist.rank() == 0 else True):
             signals.stop_point()
             ids = to_device(piece, device)
             loss = model(ids[:, :-1], ids[:, 1:])

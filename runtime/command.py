@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from config import UserError
 from runtime import dist
 from runtime.errors import BAD_PATH, FULL, Ending
-from runtime.log import start_logging
+from runtime.log import printable, start_logging
 
 SECOND_THOUGHT_SECONDS = 3.0
+TOKENS = ("HF_TOKEN", "WANDB_API_KEY")  # secrets, which no file of a run ever holds
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,10 +50,21 @@ def number(kind: type, least: float, most: float) -> Callable[[str], Any]:
     return read
 
 
+def read_tokens(path: Path) -> None:
+    """Take HF_TOKEN and WANDB_API_KEY from a .env, in lines NAME=value with or without `export`; what is set already stays."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, equals, value = line.strip().removeprefix("export ").partition("=")
+        if equals and name.strip() in TOKENS:
+            os.environ.setdefault(name.strip(), value.strip().strip("\"'"))
+
+
 def command(main: Callable[[], int | None]) -> None:
     """Run a command's `main`: what the user can fix is one line, and exit code 2."""
     try:
         start_logging()
+        read_tokens(Path(__file__).parent.parent / ".env")
         sys.exit(main() or 0)
     except Ending as error:  # all ranks end together
         if dist.rank() == 0:
@@ -71,5 +85,6 @@ def command(main: Callable[[], int | None]) -> None:
         sys.exit(130)
     if dist.rank():  # most often rank 0 met the same, and its end has torchrun end us before we repeat it
         time.sleep(SECOND_THOUGHT_SECONDS)
-    print(f"error: {f'rank {dist.rank()}: ' if dist.rank() else ''}{' '.join(words.split())[:900]}", file=sys.stderr, flush=True)
+    told = printable(" ".join(words.split())[:900])
+    print(f"error: {f'rank {dist.rank()}: ' if dist.rank() else ''}{told}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -21,9 +21,14 @@ def speaks(record: logging.LogRecord) -> bool:
     return (dist.local_rank() if record.name == node_log.name else dist.rank()) == 0
 
 
+def printable(text: str) -> str:
+    """Text fit for a terminal: names of files and keys may be a stranger's, and hold sequences that it obeys."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def line_of(record: logging.LogRecord) -> str:
-    words = record.getMessage()
-    return words if record.levelno == logging.INFO else f"{record.levelname.lower()}: {words}"
+    message = printable(record.getMessage())
+    return message if record.levelno == logging.INFO else f"{record.levelname.lower()}: {message}"
 
 
 class Console(logging.Handler):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from config import ConfigError, UserError, flat
 from runtime import dist
+from runtime.errors import TrainingError
 from runtime.log import log
 
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # by a part of the GPU's name
@@ -118,6 +121,19 @@ def same_everywhere(options: dict[str, Any]) -> None:
             if theirs.get(key) != value:
                 how = "is other code" if key in code else f"is {theirs.get(key)!r}, {value!r} on rank 0"
                 raise ConfigError(f"{key}: {how} on rank {rank}; start all ranks with the same words and the same code")
+
+
+@contextlib.contextmanager
+def memory_advice(rows: int) -> Iterator[None]:
+    """Around training with micro-batches of `rows` rows: without memory it ends in a sentence that says what needs less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fix = (f"use training.micro_batch_size={max(1, rows // 2)}: the global batch stays what it is" if rows > 1 else
+               "use a smaller model.max_seq_len or model, or training.strategy=fsdp on more ranks")
+        raise TrainingError(f"out of memory with micro-batches of {rows} rows; {fix}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -113,6 +113,8 @@ class RunFolder:
         try:
             found = self._lock.held or not self.path.is_dir()
             files.make_folders(self.path / self.checkpointing.logs_dir)
+            if link := next((path for path in (self.metrics_path, self.log_path) if path.is_symlink()), None):
+                raise UserError(f"{link}: is a link to {os.readlink(link)}, and a run writes through none; put a file there")
             if not self._lock.held:
                 self._lock.acquire()
             if not found and (self.path / self.checkpointing.checkpoints_dir).exists():

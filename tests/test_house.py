@@ -74,6 +74,17 @@ def test_the_paper_is_under_two_hundred_lines():
     assert len((lab.ROOT / "relora.py").read_text().splitlines()) < 200
 
 
+@pytest.mark.parametrize("name", ["data", "model", "sample"])
+def test_a_folder_that_would_win_an_import_is_refused_before_it_is_run(tmp_path, name):
+    copy = edited(tmp_path / "copy", {})
+    (copy / name).mkdir()
+    (copy / name / "__init__.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    for command in ("train.py", "shards.py", "sample.py", "evaluate.py", "analyze.py", "export.py"):
+        done = subprocess.run([sys.executable, command, "--help"], cwd=copy, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {copy / name}/: a folder with an __init__.py would ")
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "executed").exists()
+
+
 # ---- the six edits ---------------------------------------------------------------------------------------------
 
 LION = '''

@@ -146,6 +146,15 @@ def test_an_evaluation_without_memory_says_what_to_lower_and_training_goes_on(wo
     assert worlds.metrics("poor") == worlds.metrics("single") and not worlds.metrics("poor", "eval/val_loss")
 
 
+def test_training_without_memory_says_which_micro_batch_needs_less(worlds, monkeypatch):
+    def no_memory(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(train, "accumulate", no_memory)
+    printed = worlds.train("out-of-memory", code=1)
+    assert "error: out of memory with micro-batches of 2 rows; use training.micro_batch_size=1" in printed
+    assert "Traceback" not in printed
+
+
 @pytest.mark.parametrize("words, told", [
     (("training.stop_at_step=12",), "is past the last step of this configuration, 12: nothing is left to train"),
     (("training.grad_clip=0.5",), "training.grad_clip: None -> 0.5 bends the course of the run from here on"),

@@ -210,3 +210,11 @@ def test_two_ranks_take_the_snapshot_of_one(worlds, strategy, split):
             assert found.pop("text", None) == expected.pop("text", None)
             for name in expected:
                 assert_close(found[name], expected[name], 1e-5)
+
+
+def test_a_snapshot_keeps_its_position_of_each_row_and_no_others(dataset):
+    """A view of a layer's output would keep all of it alive: 128 positions for one."""
+    model, cfg, _, rows = make("full-rank", dataset)
+    found = snapshot(model, rows, sequence_idx=3)["activations"]
+    for tensor in found.values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
