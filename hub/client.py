@@ -60,7 +60,7 @@ def with_retries(action: Callable[[], T], what: str, minutes: float, stop: threa
         if time.monotonic() - begun + pause > 60 * patience:
             raise HubError(f"{what}: gave up after {patience:g} minutes ({explain(cause)}); try again when the Hub can be reached"
                            + (", or wait longer with data.dataset.patience_minutes" if patience == minutes else ""))
-        message = f"{what}: {explain(cause)}; trying again {'in' if pause < LONGEST_PAUSE else 'every'} {pause:.0f} s"
+        message = f"{what}: {explain(cause)}; trying again {'in' if pause < LONGEST_PAUSE else 'every'} {pause:g} s"
         if message != told:  # at the longest pause, which may be for hours, once
             node_log.warning(message)
             told = message
@@ -117,7 +117,7 @@ def explain(error: Exception) -> str:
         return f"the token may not do this{said}; give it the permission at {constants.ENDPOINT}/settings/tokens, or {LOGIN}"
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set; unset it, or fetch this where there is a network"
-    return first_line(error)
+    return f"{first_line(error)}{said}"
 
 
 def first_line(error: Exception) -> str:

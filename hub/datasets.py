@@ -8,6 +8,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +20,24 @@ from data import INDEX, DataError, read_index, shard_entry, write_index
 from hub.client import HubError, Refused, fetch_folder, with_retries
 from hub.parquet import Converted, convert_parquet
 from runtime import dist
-from runtime.files import fsync_folder, make_folders, remove_tree, sha256, staging_name, try_again, write_file
+from runtime.files import (
+    STAGING,
+    fsync_folder,
+    host_name,
+    make_folders,
+    remove_tree,
+    sha256,
+    staging_name,
+    try_again,
+    write_file,
+)
+from runtime.locks import alive
 from runtime.log import node_log
 
 WINDOW = "window.json"  # of a streamed split: see streaming.py
 HERE, EARLIER = "corpora", "data"  # the folder of datasets, and its name in earlier versions
 PROJECT = Path(__file__).resolve().parents[1]
+LEFTOVER_SECONDS = 86400.0  # after which what another machine left half made is nobody's
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "tokenizer.json")
 
 
@@ -191,6 +204,7 @@ def download(source: Source, numbers: range, out: Path, cfg: DatasetConfig, voca
     Any number of processes and machines may do so at once.
     """
     staged = out / staging_name(source.split)
+    remove_leftovers(out)
     make_folders(staged)
     entries, lengths = [], set()
     try:
@@ -213,6 +227,19 @@ def download(source: Source, numbers: range, out: Path, cfg: DatasetConfig, voca
         fsync_folder(out)
     finally:
         remove_tree(staged)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes that have ended left in a shared folder, .staging-NAME@HOST-PID and window@HOST-PID.json.
+
+    Those of this machine are known by their number; another machine's have ended after LEFTOVER_SECONDS.
+    """
+    for path in [*folder.glob(f"{STAGING}*@*"), *folder.glob("window@*.json")]:
+        host, _, pid = path.name.removesuffix(".json").rpartition("@")[2].rpartition("-")
+        with contextlib.suppress(OSError):
+            ended = host == host_name() and pid.isdigit() and not alive(int(pid))
+            if ended or time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                remove_tree(path)
 
 
 def local_or_hub(name: str, split: str, cfg: DatasetConfig, vocab_size: int) -> Path:
@@ -241,6 +268,7 @@ def _origin(window: Path) -> tuple[str, str]:
 def _complete(source: Source, folder: Path, cfg: DatasetConfig, vocab_size: int) -> None:
     """Have all shards of a split in its folder."""
     split = folder / source.split
+    remove_leftovers(folder)
     if not (split / INDEX).exists():
         node_log.info(f"{source.name}: fetching its {source.split} split, {len(source.files)} files, into {split}")
         download(source, range(len(source.files)), folder, cfg, vocab_size)

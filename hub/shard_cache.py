@@ -6,7 +6,7 @@ without its entry counts as missing, and what is missing is fetched again; so wh
     CACHE/NAME/REVISION/SPLIT/window.json             {source, revision, files}
     CACHE/NAME/REVISION/SPLIT/shard-00005.npy         the shard
     CACHE/NAME/REVISION/SPLIT/shard-00005.json        its entry: {rows, row_length, dtype, sha256}
-    CACHE/NAME/REVISION/SPLIT/window-HOST-PID.json    of each process that fetches: the shards that it has use for, its error
+    CACHE/NAME/REVISION/SPLIT/window@HOST-PID.json    of each process that fetches: the shards that it has use for, its error
 
 Earlier versions kept the entries in window.json, as {row_length, rows: {number: count}, sha256: {number: digest}}.
 """
@@ -17,20 +17,17 @@ import contextlib
 import json
 import os
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from config import UserError
 from data import token_dtype
-from hub.datasets import WINDOW, Source
+from hub.datasets import WINDOW, Source, remove_leftovers
 from hub.parquet import Converted
-from runtime.files import STAGING, make_folders, process_name, read_text, remove_tree, sha256, write_text
-from runtime.locks import alive
+from runtime.files import make_folders, process_name, read_text, sha256, write_text
 
 BEAT_SECONDS, LIVE_SECONDS = 10.0, 180.0  # between signs of life; after which a process counts as gone (NFS may be 60 s late)
-LEFTOVER_SECONDS = 86400.0  # after which what another machine left half made is nobody's
 
 
 class ShardCache:
@@ -38,7 +35,7 @@ class ShardCache:
 
     def __init__(self, source: Source, folder: Path):
         self.source, self.folder = source, folder
-        self.window = folder / f"window-{process_name()}.json"  # this process's own
+        self.window = folder / f"window@{process_name()}.json"  # this process's own
         self._told: dict[str, Any] = {"kept": [], "error": None}
         self._telling = threading.Lock()
         self._left = threading.Event()
@@ -89,7 +86,7 @@ class ShardCache:
     def join(self, kept: list[int] | None) -> None:
         """Begin to fetch into the folder, and to show signs of life."""
         make_folders(self.folder)
-        self._remove_leftovers()
+        remove_leftovers(self.folder)
         if not (self.folder / WINDOW).exists():
             write_text(self.folder / WINDOW, json.dumps({"source": self.source.name, "revision": self.source.revision,
                                                          "files": self.source.files}) + "\n")
@@ -110,7 +107,7 @@ class ShardCache:
 
     def error_of(self, process: str) -> str | None:
         """Why another process has given up."""
-        return _read(self.folder / f"window-{process}.json").get("error")
+        return _read(self.folder / f"window@{process}.json").get("error")
 
     def _beat(self) -> None:
         while not self._left.wait(BEAT_SECONDS):
@@ -122,21 +119,11 @@ class ShardCache:
         if not self.window.exists():  # taken for a dead process's
             self.tell()
         found, now = [], self.window.stat().st_mtime
-        for path in self.folder.glob("window-*.json"):
+        for path in self.folder.glob("window@*.json"):
             with contextlib.suppress(FileNotFoundError):
                 if path != self.window and now - path.stat().st_mtime < LIVE_SECONDS and (window := _read(path)):
                     found.append(window)
         return found
-
-    def _remove_leftovers(self) -> None:
-        """Delete what processes that have ended left behind: windows, and what they had half made."""
-        for path in [*self.folder.glob(f"{STAGING}*@*"), *self.folder.glob("window-*.json")]:
-            name = path.name.rpartition("@")[2] if path.name.startswith(STAGING) else path.stem.removeprefix("window-")
-            host, _, pid = name.rpartition("-")
-            with contextlib.suppress(OSError):
-                here = host == process_name().rpartition("-")[0]
-                if (here and pid.isdigit() and not alive(int(pid))) or time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-                    remove_tree(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

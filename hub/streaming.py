@@ -107,8 +107,8 @@ class Fetcher(threading.Thread):
 
 
 def usual_rows(seen: dict[int, int], last: int) -> int | None:
-    """The rows of every shard but the last, which may be shorter."""
-    return next((rows for number, rows in seen.items() if number != last), seen.get(last))
+    """The rows of every shard but the last, which may be shorter; None where only that one is known."""
+    return next((rows for number, rows in seen.items() if number != last), None)
 
 
 class StreamedDataset(TokenDataset):
@@ -202,7 +202,7 @@ class StreamedDataset(TokenDataset):
     def _learn_rows(self) -> None:
         """Lay the rows out by the counts seen; the first shard's stands for the others."""
         self.seen |= {number: entry["rows"] for number, entry in self.cache.entries().items()}
-        usual = usual_rows(self.seen, len(self.source.files) - 1)
+        usual = usual_rows(self.seen, len(self.source.files) - 1) or next(iter(self.seen.values()))
         for number, entry in enumerate(self.index["shards"]):
             entry["rows"] = self.seen.get(number, usual)
         self.lay_out()
