@@ -16,7 +16,7 @@ from typing import TypeVar
 from config import UserError
 from data import DataError
 from runtime.errors import BAD_PATH
-from runtime.log import node_log
+from runtime.log import node_log, printable
 
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries; doubled each time
@@ -128,7 +128,7 @@ def first_line(error: Exception) -> str:
 
 def _clean(text: str) -> str:
     text = re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]+", r"\1", text)
-    return "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))[:200]
+    return printable(" ".join(text.split()))[:200]
 
 
 def _page(error: Exception) -> str:

@@ -7,6 +7,8 @@ shard (data.py) and publishes it (shard_cache.py); the other ranks wait for the 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from pathlib import Path
@@ -23,8 +25,9 @@ from runtime import dist
 from runtime.files import host_name, process_name, staging_name
 from runtime.log import log, node_log
 
+DAMAGED = ".damaged"  # in place of .npy: a shard that a rank found so, for the fetcher to see
 POLL_SECONDS = 0.05
-TOLD_SECONDS = 10.0  # between two lines that say what is waited for
+TOLD_SECONDS = 5.0  # before it is said what is waited for; again after twice as long each time
 
 
 # ---- the window ----------------------------------------------------------------------------------------------
@@ -87,6 +90,9 @@ class Fetcher(threading.Thread):
     def _publish(self, number: int) -> None:
         source, path = self.cache.source, self.cache.path(number)
         staged = path.with_name(staging_name(path.name))
+        if path.with_suffix(DAMAGED).exists():
+            node_log.warning(f"{path}: differs from its checksum: damaged; fetching it again")
+            path.with_suffix(DAMAGED).unlink(missing_ok=True)
         try:
             made = fetch(source, number, staged, self.vocab_size, self.cfg.patience_minutes, self._stopping)
             self._check(number, made)
@@ -186,9 +192,9 @@ class StreamedDataset(TokenDataset):
             return True  # another run has let go of it
         if not isinstance(error, DamagedShard) or number in self._fetched_again or constants.HF_HUB_OFFLINE:
             return False
-        node_log.warning(f"{path}: differs from its checksum: damaged; fetching it again")
         self._fetched_again.add(number)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            os.replace(path, path.with_suffix(DAMAGED))
         return True
 
     def _window(self, step: int) -> tuple[int, int]:
@@ -209,16 +215,16 @@ class StreamedDataset(TokenDataset):
 
     def _await(self, number: int) -> dict[str, Any]:
         """The entry of shard `number`, once it is there. Raises the fetcher's error if that comes first."""
-        begun = told = time.monotonic()
+        begun, told = time.monotonic(), TOLD_SECONDS
         while (entry := self.cache.entry(number)) is None:
             error = self.fetcher.error if self.fetcher is not None else self.cache.error_of(self._fetching)
             if error:
                 raise DataError(error)
             if self._closed:
                 raise DataError(f"{self.source.name}: closed while waiting for shard {number}")
-            if time.monotonic() - told > TOLD_SECONDS:
-                told = time.monotonic()
-                node_log.info(f"waiting for shard {number} of {self.source.name}, {told - begun:.0f} s so far")
+            if time.monotonic() - begun > told:
+                node_log.info(f"waiting for shard {number} of {self.source.name}, {told:.0f} s so far")
+                told *= 2
             time.sleep(POLL_SECONDS)
         return entry
 
@@ -280,5 +286,6 @@ def find_tokenizer(dataset: TokenDataset, cfg: TokenizerConfig, cache: DatasetCo
                           f"{largest:,} of {dataset.vocab_size:,}; put the tokenizer.json that did beside the data, or name it "
                           f"with data.tokenizer.name=FOLDER")
     if folder != own:
-        log.info(f"{own} has no tokenizer.json of its own; taking data.tokenizer.name, {name} ({count:,} ids)")
+        log.info(f"{dataset.source.name if streamed else own} has no tokenizer.json of its own; taking data.tokenizer.name, "
+                 f"{name} ({count:,} ids)")
     return folder

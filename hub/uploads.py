@@ -87,16 +87,18 @@ class Uploader:
             log.warning(f"some uploads are left; send them with: python export.py upload '{self.run}'")
 
     def _work(self) -> None:
+        told = None
         while True:
             self._kicked.wait()
             self._kicked.clear()
             closing = self._closing.is_set()  # asked before the sync: what is there by now will be sent
             try:
                 self.sync(math.inf)
-            except Refused as error:
-                log.warning(f"{error}; trying again at the next checkpoint, or with: python export.py upload '{self.run}'")
             except Exception as error:  # whatever it is, training goes on
-                log.warning(f"upload to {self.repo}: {type(error).__name__}: {error}")
+                found = str(error) if isinstance(error, Refused) else f"upload to {self.repo}: {type(error).__name__}: {error}"
+                if found != told:  # once, not at every checkpoint
+                    log.warning(f"{found}; tried again at every checkpoint, and by: python export.py upload '{self.run}'")
+                    told = found
             if closing:
                 return
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -117,7 +118,8 @@ def test_a_hub_that_comes_back_is_waited_for(local, losses, tmp_path, hub):
     finally:
         lab.kill(process)
     assert process.returncode == 0, err[-2000:]
-    assert "trying again" in out + err
+    told = (tmp_path / "runs/run/logs/train.log").read_text()
+    assert "; trying again in 1 s" in told and re.search("waiting for shard [34] of lab/tiny, 5 s so far", told)
     assert lab.metrics(tmp_path / "runs" / "run") == losses
 
 
@@ -184,6 +186,37 @@ def test_offline_makes_no_calls(local, losses, tmp_path, hub):
     shutil.rmtree(tmp_path / "cache")
     printed = lab.forked("train.py", path, "checkpointing.run_name=third", env=offline, code=2)
     assert "HF_HUB_OFFLINE" in printed and not hub.requests
+
+
+def test_a_shard_that_was_damaged_in_the_cache_is_fetched_again(local, losses, tmp_path, hub):
+    path, env = config(tmp_path, local, "run", keep_shards=None), hub.env(tmp_path / "hf")
+    lab.forked("train.py", path, "training.stop_at_step=10", env=env, ranks=2)
+    shard = next((tmp_path / "cache").glob("**/shard-00004.npy"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    next((tmp_path / "cache").glob("**/shard-00003.npy")).write_bytes(b"")
+    hub.requests.clear()
+    printed = lab.forked("train.py", path, env=env, ranks=2)
+    assert "shard-00004.npy: differs from its checksum: damaged; fetching it again" in printed
+    assert lab.metrics(tmp_path / "runs" / "run") == losses and shard.read_bytes() == content
+    assert sorted(set(hub.fetched("lab/tiny"))) == [f"data/train-{number:05d}-of-00006.parquet" for number in (3, 4)]
+
+
+def test_a_run_and_a_cache_of_an_earlier_version_go_on(local, losses, tmp_path, hub):
+    """Its window.json held the counts and checksums of all shards, and its tokenizer lay beside them."""
+    path, env = config(tmp_path, local, "run", keep_shards=None), hub.env(tmp_path / "hf")
+    lab.forked("train.py", path, "training.stop_at_step=10", env=env, ranks=2)
+    window = next((tmp_path / "cache").glob("**/window.json"))
+    entries = {int(p.stem[6:]): json.loads(p.read_text()) for p in window.parent.glob("shard-*.json")}
+    assert sorted(entries) == list(range(6))
+    for entry in window.parent.glob("shard-*.json"):
+        entry.unlink()
+    window.write_text(json.dumps(json.loads(window.read_text()) | {
+        "row_length": 17, "rows": {n: entry["rows"] for n, entry in entries.items()},
+        "sha256": {n: entry["sha256"] for n, entry in entries.items() if n != 2}}))  # older ones had none
+    hub.requests.clear()
+    assert "resumed at step 10" in lab.forked("train.py", path, env=env, ranks=2)
+    assert lab.metrics(tmp_path / "runs" / "run") == losses and hub.fetched("lab/tiny") == []
 
 
 @pytest.mark.parametrize("fault, words", [

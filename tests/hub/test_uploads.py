@@ -135,14 +135,40 @@ def test_what_a_hub_that_was_away_did_not_take_goes_up_at_the_next_start(dataset
     assert f"branch run holds {len(expected_titles()) - 1} commits of an earlier run of this name" in printed
 
 
+def test_a_repository_without_an_owner_is_the_token_s_user_s(dataset, tmp_path, hub):
+    """As in the published presets; the owner is known when there is something to upload."""
+    env = hub.env(tmp_path / "hf") | {"HF_TOKEN": "hf_of_this_test"}
+    cfg = config(dataset, tmp_path, **sending(hf_checkpoint={"repo_id": "model"}))
+    printed = lab.forked("train.py", cfg, env=env)
+    assert "uploads go to lab/model" in printed
+    assert sorted(commit["title"] for commit in hub.commits["models/lab/model", "run"]) == expected_titles()
+    assert "0 commits made on lab/model, branch run" in lab.forked("export.py", "upload", tmp_path / "runs/run", env=env)
+
+
+def test_a_token_that_the_hub_refuses_is_told_once_and_stops_nothing(dataset, tmp_path, hub):
+    hub.faults = [lambda line: (401, "", "Invalid credentials in Authorization header")]
+    env = hub.env(tmp_path / "hf") | {"HF_TOKEN": "hf_of_this_test"}
+    printed = lab.forked("train.py", config(dataset, tmp_path, **sending()), env=env)
+    fix = "log in with `hf auth login`, or set HF_TOKEN"
+    told = [line for line in printed.splitlines() if line.startswith("warning: upload to lab/model: ")]
+    assert len(told) == 1 and "Invalid credentials" in told[0] and fix in told[0]
+    assert len(hub.requests) <= 10, "two for each of at most five times that there was something new"
+    assert json.loads((tmp_path / "runs/run/exit.json").read_text())["code"] == 0
+    assert told[0].removeprefix("warning: ") in (tmp_path / "runs/run/logs/train.log").read_text()
+    printed = lab.forked("export.py", "upload", tmp_path / "runs/run", env=env, code=2)
+    assert printed.count("error: ") == 1 and "Invalid credentials" in printed and fix in printed
+    without = lab.forked("export.py", "upload", tmp_path / "runs/run", env=hub.env(tmp_path / "none"), code=2)
+    assert fix in without
+
+
 def test_no_more_commits_are_made_in_an_hour_than_the_hub_allows(dataset, tmp_path, monkeypatch):
     slept, clock = [], iter(range(0, 600, 100))
     monkeypatch.setattr(uploads, "COMMITS_PER_HOUR", 2)
     monkeypatch.setattr(uploads, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: next(clock)))
     cfg = config_from_dict(lab.tiny_tree(dataset, tmp_path) | {"checkpointing": sending(run_name="run")}).checkpointing
-    uploader = uploads.Uploader(tmp_path, cfg, print)
+    uploader = uploads.Uploader(tmp_path, cfg)
     monkeypatch.chdir(tmp_path)
-    assert uploads.Uploader(Path("."), cfg, print).branch == tmp_path.name, "however the folder is written"
+    assert uploads.Uploader(Path("."), cfg).branch == tmp_path.name, "however the folder is written"
     for _ in range(3):
         uploader._wait_for_turn()
     assert slept == [3400], "the third comes 200 s after the first, and waits until that is an hour ago"
