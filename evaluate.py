@@ -197,7 +197,7 @@ class ValLoss:
 
     def __init__(self, setting: Setting):
         self.options, self.device = setting.cfg.val, setting.device
-        val = setting.open_rows(str(setting.dataset), "val", "evaluation.metrics")
+        val = setting.open_rows(setting.dataset.as_posix(), "val", "evaluation.metrics")
         self.rows = setting.cut(val.rows(0, min(len(val), self.options.max_rows or len(val))), setting.model.max_seq_len, "val")
         index = setting.dataset / "train" / INDEX
         self.entropy = read_index(index.parent).get("entropy") if index.exists() else None
@@ -298,7 +298,7 @@ def main() -> None:
     cfg = load_config(run / "training_config.yaml", words) if run else config_from_dict({}, words)
     with dist.session(machine.pick_device()) as device:
         model = load_decoder(folder).to(device)
-        dataset = Path(cfg.data.dataset.name) if Path(cfg.data.dataset.name).exists() else folder
+        dataset = Path(cfg.data.dataset.name) if run else folder
         setting = Setting(cfg.evaluation, cfg.data.dataset, model.cfg, dataset, load_tokenizer(folder), device)
         results = run_evaluators(make_evaluators(setting), model)
     if not results:

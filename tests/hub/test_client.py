@@ -3,12 +3,14 @@
 import json
 import time
 
+import numpy as np
 import pytest
 
 import lab
 from config import ConfigError
 from fake_hub import Hub, once
 from hub import client
+from shards import write_shards
 
 ASK = """
 import json, sys, time
@@ -142,3 +144,37 @@ def test_one_passing_fault_of_each_kind_costs_no_download(tmp_path):
                       once("GET /lab/words/resolve", "truncate"), once("GET /lab/words/resolve", "drop")]
         printed = lab.forked(tmp_path / "ask.py", json.dumps([["model", "lab/words"]]), 1, env=hub.env(tmp_path / "hf"))
     assert json.loads(printed.split("TOLD ")[1].splitlines()[0])["lab/words"][0] == "had"
+
+
+GATED = (403, "GatedRepo", "Access to lab/closed is restricted")
+COMMANDS = {  # what asks the Hub, and the key that its error names
+    "dataset": (["train.py", "CONFIG", "data.dataset.name=lab/closed"], "data.dataset.name: "),
+    "tokenizer": (["train.py", "CONFIG", "data.tokenizer.name=lab/closed", "data.dataset.name=SET"], "data.tokenizer.name: "),
+    "blimp": (["train.py", "CONFIG", "evaluation.metrics=[blimp]", "evaluation.blimp.dataset_name=lab/closed"],
+              "evaluation.blimp.dataset_name: "),
+    "paloma": (["train.py", "CONFIG", "evaluation.metrics=[paloma]", "evaluation.paloma.dataset_name=lab/closed"],
+               "evaluation.paloma.dataset_name: "),
+    "import": (["export.py", "import", "lab/closed", "OUT"], ""),
+    "download": (["shards.py", "download", "lab/closed", "--out", "OUT"], ""),
+}
+
+
+@pytest.mark.parametrize("what", COMMANDS)
+def test_every_download_is_tried_again_alike_and_refused_alike(dataset, tmp_path, what):
+    words, key = COMMANDS[what]
+    write_shards(tmp_path / "set/train", np.random.default_rng(0).integers(300, size=(16, 17)), 300, "a test")
+    tree = lab.tiny_tree(dataset, tmp_path / "runs")
+    tree["data"]["dataset"] |= {"cache_dir": str(tmp_path / "cache"), "patience_minutes": 0.5}
+    tree["model"]["vocab_size"] = 300
+    given = {"CONFIG": lab.write_config(tmp_path / "c.yaml", tree), "OUT": tmp_path / "out"}
+    words = [given.get(word, word.replace("SET", str(tmp_path / "set"))) for word in words]
+    with Hub() as hub:
+        hub.retry_after = 0
+        hub.faults = [once("/lab/closed", "drop", 1), once("/lab/closed", (502, "", "bad gateway"), 1),
+                      lambda line: GATED if "/lab/closed" in line else None]
+        printed = lab.forked(*words, env=hub.env(tmp_path / "hf"), code=2)
+    kind = "" if what in ("tokenizer", "import") else "datasets/"
+    assert f"error: {key}" in printed and printed.count("error: ") == 1 and "Traceback" not in printed
+    assert "is restricted" in printed and f"request access at {hub.url}/{kind}lab/closed" in printed
+    assert "warning: lab/closed: " in printed and "trying again in 1 s" in printed
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()

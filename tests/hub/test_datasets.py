@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -158,6 +159,8 @@ def test_the_other_splits_of_a_streamed_dataset_come_from_its_revision(tmp_path,
     words = ("training.stop_at_step=2", "checkpointing.save_every_n_steps=2")
     printed = lab.forked("train.py", path, *words, env=hub.env(tmp_path / "hf"))
     assert "fetching its val split, 3 files" in printed and "val loss" in printed
+    told = re.search(r"step 2: (val loss .*)", printed)[1]
+    assert told in lab.forked("evaluate.py", tmp_path / "runs/run", env=hub.env(tmp_path / "hf"))
     revision = hub.revision("datasets/lab/tiny")
     for split in ("train", "val"):
         del hub.repos["datasets/lab/tiny"][f"data/{split}-00000-of-00003.parquet"]
