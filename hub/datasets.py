@@ -41,6 +41,11 @@ LEFTOVER_SECONDS = 86400.0  # after which what another machine left half made is
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "tokenizer.json")
 
 
+def exists(path: Path) -> bool:
+    """Whether it is there; a disk that fails for a moment is asked again. Raises UserError."""
+    return try_again(path.exists, path)
+
+
 # ---- here, or on the Hub -------------------------------------------------------------------------------------
 
 def find_local(name: str, owner: bool = True) -> Path | None:
@@ -49,11 +54,11 @@ def find_local(name: str, owner: bool = True) -> Path | None:
     Raises DataError for what is neither, with the name that was probably meant.
     """
     path = Path(name)
-    if try_again(path.exists, path):
+    if exists(path):
         return path
     first, rest = (path.parts or ("",))[0], path.parts[1:]
     for place in [PROJECT / path, *([Path(EARLIER, *rest), PROJECT / EARLIER / Path(*rest)] if first == HERE else [])]:
-        if rest and place.exists():
+        if rest and exists(place):
             node_log.info(f"{name}: is not here; taking {place}")
             return place
     near, folders = _nearest(path), (HERE, EARLIER)
@@ -119,7 +124,7 @@ def cache_folder(cfg: DatasetConfig) -> Path:
     """Where shards from the Hub are kept; where an earlier version kept them, if they are there only."""
     path = Path(cfg.cache_dir)
     earlier = Path(EARLIER, *path.parts[1:])
-    return earlier if path.parts[:1] == (HERE,) and earlier.is_dir() and not path.exists() else path
+    return earlier if path.parts[:1] == (HERE,) and exists(earlier) and not exists(path) else path
 
 
 def find(name: str, split: str, cfg: DatasetConfig, revision: str | None = None) -> Source:
@@ -138,7 +143,8 @@ def find(name: str, split: str, cfg: DatasetConfig, revision: str | None = None)
 def _find(name: str, split: str, cfg: DatasetConfig, revision: str | None) -> Source:
     from huggingface_hub import HfApi, constants
     home = cache_folder(cfg) / name.replace("/", "--")
-    paths = sorted((path for kind in (WINDOW, INDEX) for path in home.glob(f"*/{split}/{kind}")), key=lambda p: p.stat().st_mtime)
+    paths = sorted((path for kind in (WINDOW, INDEX) for path in home.glob(f"*/{split}/{kind}")),
+                   key=lambda path: try_again(path.stat, path).st_mtime)
     known = [source for path in reversed(paths) if (source := _cached(name, split, path))]
     for source in known:
         if constants.HF_HUB_OFFLINE or source.revision == revision:
@@ -250,7 +256,7 @@ def local_or_hub(name: str, split: str, cfg: DatasetConfig, vocab_size: int) -> 
     """
     folder, revision = locate(name), None
     if folder is not None:
-        windows = [] if (folder / split / INDEX).exists() else sorted(folder.glob(f"*/{WINDOW}"))
+        windows = [] if exists(folder / split / INDEX) else sorted(folder.glob(f"*/{WINDOW}"))
         if not dist.broadcast_object(bool(windows)):
             return folder
         name, revision = dist.on_rank0(lambda: _origin(windows[0]))
@@ -269,12 +275,12 @@ def _complete(source: Source, folder: Path, cfg: DatasetConfig, vocab_size: int)
     """Have all shards of a split in its folder."""
     split = folder / source.split
     remove_leftovers(folder)
-    if not (split / INDEX).exists():
+    if not exists(split / INDEX):
         node_log.info(f"{source.name}: fetching its {source.split} split, {len(source.files)} files, into {split}")
         download(source, range(len(source.files)), folder, cfg, vocab_size)
     index = read_index(split)
     for number, shard in enumerate(index["shards"]):
-        if not (split / shard["file"]).exists():
+        if not exists(split / shard["file"]):
             node_log.warning(f"{split / shard['file']}: is missing; fetching it again")
             fetch(source, number, split / shard["file"], index["vocab_size"], cfg.patience_minutes)
 

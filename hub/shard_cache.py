@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from data import token_dtype
-from hub.datasets import WINDOW, Source, remove_leftovers
+from data import DataError, token_dtype
+from hub.datasets import WINDOW, Source, exists, remove_leftovers
 from hub.parquet import Converted
 from runtime.files import make_folders, process_name, read_text, sha256, write_text
 
@@ -46,9 +46,15 @@ class ShardCache:
         return self.folder / f"shard-{number:05d}.npy"
 
     def entry(self, number: int) -> dict[str, Any] | None:
-        """{rows, row_length} of a shard that is here whole; but for an earlier version's also {dtype, sha256}."""
-        if not self.path(number).exists():
-            return None
+        """{rows, row_length} of a shard that is here whole; but for an earlier version's also {dtype, sha256}.
+
+        Raises DataError.
+        """
+        try:
+            if not exists(self.path(number)):
+                return None
+        except UserError as error:
+            raise DataError(str(error)) from None
         return _read(self.path(number).with_suffix(".json")) or self._earlier().get(number)
 
     def entries(self) -> dict[int, dict[str, Any]]:
@@ -87,7 +93,7 @@ class ShardCache:
         """Begin to fetch into the folder, and to show signs of life."""
         make_folders(self.folder)
         remove_leftovers(self.folder)
-        if not (self.folder / WINDOW).exists():
+        if not exists(self.folder / WINDOW):
             write_text(self.folder / WINDOW, json.dumps({"source": self.source.name, "revision": self.source.revision,
                                                          "files": self.source.files}) + "\n")
         self.tell(kept=kept, error=None)

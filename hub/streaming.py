@@ -18,11 +18,11 @@ import numpy as np
 
 from config import ConfigError, DataConfig, DatasetConfig, ModelConfig, TokenizerConfig
 from data import ByteTokenizer, DamagedShard, DataError, TokenDataset, load_tokenizer, token_dtype
-from hub.datasets import Source, cache_folder, fetch, fetch_tokenizer, find, locate, naming
+from hub.datasets import Source, cache_folder, exists, fetch, fetch_tokenizer, find, locate, naming
 from hub.parquet import Converted
 from hub.shard_cache import ShardCache
 from runtime import dist
-from runtime.files import host_name, process_name, staging_name
+from runtime.files import explain, host_name, process_name, staging_name
 from runtime.log import log, node_log
 
 DAMAGED = ".damaged"  # in place of .npy: a shard that a rank found so, for the fetcher to see
@@ -44,7 +44,8 @@ class Fetcher(threading.Thread):
         self.error: str | None = None
         self._base, self._last = base, last
         self._moved, self._stopping = threading.Event(), threading.Event()
-        cache.join(self._kept())
+        self._told = self._kept()
+        cache.join(self._told)
 
     def want(self, base: int, last: int) -> None:
         """Training is at shard `base` now and needs all up to `last`."""
@@ -59,25 +60,36 @@ class Fetcher(threading.Thread):
         self.join(timeout=10)
 
     def run(self) -> None:
-        try:
-            told = self._kept()
-            while not self._stopping.is_set():
-                kept = self._kept()
-                if kept != told:
-                    self.cache.tell(kept=kept)
-                    told = kept
-                if kept is not None:
-                    self.cache.keep_only(kept)
-                number = next((number for number in self._window() if self.cache.entry(number) is None), None)
-                if number is None:
-                    self._moved.wait(1.0)
-                    self._moved.clear()
-                else:
-                    self._publish(number)
-        except Exception as error:  # the ranks raise it when they miss the shard
-            if not self._stopping.is_set():
-                self.error = str(error) or type(error).__name__
-                self.cache.tell(error=self.error)
+        failed = False
+        while not self._stopping.is_set():
+            try:
+                self._turn()
+                failed = False
+            except Exception as error:
+                of_the_disk, reason = isinstance(error, OSError), explain(error, self.cache.folder, 0) or type(error).__name__
+                if (of_the_disk or isinstance(error.__context__, OSError)) and not failed and not self._stopping.wait(1.0):
+                    node_log.warning(f"{reason}; trying again")
+                    failed = True
+                elif not self._stopping.is_set():  # the ranks raise it when they miss the shard
+                    self.error = f"{reason}; look after the disk, and start again" if of_the_disk else reason
+                    with contextlib.suppress(OSError):
+                        self.cache.tell(error=self.error)
+                    return
+
+    def _turn(self) -> None:
+        """Show and clear the window; fetch one shard that is missing in it, or wait until it moves."""
+        kept = self._kept()
+        if kept != self._told:
+            self.cache.tell(kept=kept)
+            self._told = kept
+        if kept is not None:
+            self.cache.keep_only(kept)
+        number = next((number for number in self._window() if self.cache.entry(number) is None), None)
+        if number is None:
+            self._moved.wait(1.0)
+            self._moved.clear()
+        else:
+            self._publish(number)
 
     def _window(self, behind: int = 0) -> list[int]:
         end = max(self._base + self.cfg.prefetch_shards, self._last)
@@ -270,7 +282,7 @@ def find_tokenizer(dataset: TokenDataset, cfg: TokenizerConfig, cache: DatasetCo
     rank must call it. Raises ConfigError for one that cannot have made the rows.
     """
     own, streamed = dataset.folder.parent, isinstance(dataset, StreamedDataset)
-    if not streamed and (dataset.vocab_size <= ByteTokenizer.vocab_size or (own / "tokenizer.json").exists()):
+    if not streamed and (dataset.vocab_size <= ByteTokenizer.vocab_size or exists(own / "tokenizer.json")):
         folder, name = own, f"{own / 'tokenizer.json'}"
     else:
         with naming("data.tokenizer.name"):

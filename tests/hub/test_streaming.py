@@ -219,6 +219,50 @@ def test_a_run_and_a_cache_of_an_earlier_version_go_on(local, losses, tmp_path, 
     assert lab.metrics(tmp_path / "runs" / "run") == losses and hub.fetched("lab/tiny") == []
 
 
+DISK = """
+import errno, os, sys
+from pathlib import Path
+import numpy as np
+from config import DatasetConfig
+from hub import datasets, streaming
+from runtime.command import command
+
+def failing(function, matches, left):
+    def call(*args, **options):
+        if left and matches(*args):
+            left.pop()
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(args[0]))
+        return function(*args, **options)
+    return call
+
+def main():
+    times = [0] * int(sys.argv[2])
+    os.replace = failing(os.replace, lambda old, new: str(new).endswith("shard-00001.npy"), times)
+    Path.exists = failing(Path.exists, lambda path: path.name == "shard-00002.npy", [0])
+    np.load = failing(np.load, lambda path, **_: path.name == "shard-00003.npy", [0])
+    cfg = DatasetConfig(name="lab/tiny", cache_dir=sys.argv[1], patience_minutes=1)
+    dataset = streaming.StreamedDataset(datasets.find("lab/tiny", "train", cfg), cfg, 64, 8)
+    for step in range(15):
+        dataset.advance(step)
+        print("ROWS", dataset.batch(step, 8).tolist())
+    dataset.close()
+
+command(main)
+"""
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_disk_that_fails_for_a_moment_is_tried_again(local, tmp_path, hub, times):
+    (tmp_path / "disk.py").write_text(DISK)
+    code = 0 if times == 1 else 2
+    printed = lab.forked(tmp_path / "disk.py", tmp_path / "cache", times, env=hub.env(tmp_path / "hf"), code=code)
+    assert re.search(r"warning: .*/cache/.*: Input/output error; trying again\n", printed) and "Traceback" not in printed
+    assert (times == 1) == ("error: " not in printed.replace("/output error", "")), "and if it goes on failing, one line"
+    got = [json.loads(line.removeprefix("ROWS ")) for line in printed.splitlines() if line.startswith("ROWS")]
+    rows = np.load(local / "train" / "shard-00000.npy").tolist()
+    assert sum(got, []) == rows[:sum(map(len, got))] and (times > 1 or len(got) == 15)
+
+
 @pytest.mark.parametrize("fault, words", [
     (lambda line: "lie" if "train-00001" in line else None, "checksum"),
     (lambda line: 404 if "train-00001" in line else None, "train-00001"),
