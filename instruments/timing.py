@@ -88,7 +88,7 @@ def checkpoint_costs(t: TrainState, rows: torch.Tensor, folder: Path) -> dict[st
 
     def save() -> None:
         state = checkpoint.gather_state(t.model, t.optimizers)
-        files = llama.writers(state["model"], t.cfg.model, folder)
+        files = llama.writers(state["model"], t.cfg.model, folder, not_llama=not_llama)
         saver.save(t.step, files | {"training_state/checkpoint.pt": checkpoint.torch_writer(state | {"step": t.step})})
     blocking = seconds(save, t.device) + seconds(saver.wait, t.device)
     step()
