@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import stat
 import struct
 import zipfile
 from pathlib import Path
@@ -64,8 +65,11 @@ def lacks(step: Path) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError, or Unreadable."""
     try:
-        if (size := path.stat().st_size) > MOST_JSON:
-            raise ValueError(f"{size:,} bytes are more than such a file has")
+        status = files.try_again(path.stat, path)
+        if not stat.S_ISREG(status.st_mode):  # a named pipe would be waited for
+            raise ValueError("it is no file")
+        if status.st_size > MOST_JSON:
+            raise ValueError(f"{status.st_size:,} bytes are more than such a file has")
         found = json.loads(files.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)})") from None

@@ -5,12 +5,12 @@ import json
 import shutil
 from collections import Counter
 
+import lab
 import numpy as np
 import pytest
 import torch
 
 import analyze
-import lab
 from instruments import plots, report
 
 DEMO = """

@@ -4,12 +4,12 @@ import json
 import subprocess
 import sys
 
+import lab
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
-import lab
 import train
 from instruments import timing
 from optim import set_learning_rate

@@ -8,12 +8,12 @@ import re
 import shutil
 import threading
 
+import lab
 import numpy as np
 import pytest
 import torch
 
 import checkpoint
-import lab
 from checkpoint import CheckpointError, Saver, Writer, extend, find_resumable, holds, publish, torch_writer, verify
 from config import CheckpointingConfig, config_from_dict
 from model import PicoDecoder

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 
+import lab
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lab
 from config import ConfigError, config_from_dict, load_config, to_dict
 
 RELORA = {"target_modules": ["attention"], "reset_frequency": 10}

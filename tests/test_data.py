@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import lab
 import numpy as np
 import pytest
 import tokenizers
@@ -19,9 +20,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lab
-from data import (BatchLoader, ByteTokenizer, DamagedShard, DataError, JsonTokenizer, TokenDataset, load_tokenizer, to_device,
-                  token_dtype)
+from data import (
+    BatchLoader,
+    ByteTokenizer,
+    DamagedShard,
+    DataError,
+    JsonTokenizer,
+    TokenDataset,
+    load_tokenizer,
+    to_device,
+    token_dtype,
+)
 from shards import write_shards
 
 SIZES = (5, 1, 7, 3)  # rows of the shards: 16 in all

@@ -7,19 +7,19 @@ import random
 import shutil
 import zipfile
 
+import lab
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_hub import Hub
 
-import lab
 from checkpoint import publish
 from config import BlimpConfig, ConfigError, ModelConfig, config_from_dict
 from data import TokenDataset, load_tokenizer
 from evaluate import evaluate_blimp, row_losses, rows_metrics
-from fake_hub import Hub
 from hub.llama import load_decoder, writers
 from instruments.blimp import Pair, load_pairs
 from model import PicoDecoder

@@ -12,6 +12,7 @@ import pickle
 import random
 import shutil
 
+import lab
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lab
 from checkpoint import CheckpointError, read_manifest
 from config import config_from_dict, flat, to_dict
 from runtime import files

@@ -7,9 +7,8 @@ import shutil
 import subprocess
 import sys
 
-import pytest
-
 import lab
+import pytest
 
 ROOMS = ("config", "runtime", "hub", "instruments")
 CORE = ("model", "relora", "optim", "data", "checkpoint")

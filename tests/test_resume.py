@@ -4,9 +4,8 @@ import random
 import shutil
 import signal
 
-import pytest
-
 import lab
+import pytest
 import soak
 
 LAST = 20

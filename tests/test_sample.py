@@ -2,10 +2,10 @@
 
 import time
 
+import lab
 import pytest
 import torch
 
-import lab
 from config import ModelConfig
 from data import ByteTokenizer
 from model import PicoDecoder

@@ -9,13 +9,13 @@ import signal
 import sysconfig
 from pathlib import Path
 
+import lab
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 import tokenizers
 
-import lab
 from shards import entropies
 
 EOS = 256  # of bytes

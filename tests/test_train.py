@@ -4,12 +4,12 @@ import json
 import math
 import shutil
 
+import lab
 import pytest
 import torch
 import torch.nn.functional as F
 
 import checkpoint
-import lab
 import train
 from config import load_config
 from data import TokenDataset

@@ -6,12 +6,12 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from lab import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model
 from config import ConfigError, ModelConfig, ReLoRAConfig, load_config
 from hub.architecture import check_effective_weight, llama_logits, llama_state, not_llama
-from lab import ROOT
 from relora import ReLoRALinear
 
 SHAPES = {"gqa": (4, 2), "mha": (3, 3), "one key": (4, 1)}

@@ -3,11 +3,11 @@
 import json
 import time
 
-import pytest
-
 import lab
-from config import ConfigError
+import pytest
 from fake_hub import Hub, once
+
+from config import ConfigError
 from hub import client
 
 ASK = """

@@ -4,15 +4,15 @@ import io
 import json
 import shutil
 
+import lab
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet
 import pytest
+from fake_hub import Hub, once
 
-import lab
 from config import ConfigError, DataConfig, DatasetConfig, TokenizerConfig, UserError
 from data import DataError, JsonTokenizer, TokenDataset
-from fake_hub import Hub, once
 from hub import datasets, streaming
 from hub.datasets import fetch_tokenizer, find_local, local_or_hub
 from shards import write_shards

@@ -6,15 +6,15 @@ import os
 import signal
 import time
 
+import lab
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet
 import pytest
+from fake_hub import Hub
 
-import lab
 from config import DatasetConfig
 from data import TokenDataset
-from fake_hub import Hub
 from hub import shard_cache
 from hub.datasets import Source
 from hub.parquet import Converted

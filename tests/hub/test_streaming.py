@@ -8,12 +8,11 @@ import signal
 import threading
 import time
 
+import lab
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet
 import pytest
-
-import lab
 from fake_hub import Hub, once
 
 SHARDS, ROWS = 6, 20

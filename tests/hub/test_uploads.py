@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 import lab
-from config import config_from_dict
+import pytest
 from fake_hub import Hub
+
+from config import config_from_dict
 from hub import uploads
 
 KINDS = {"Saving HF Model": {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",

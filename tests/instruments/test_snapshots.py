@@ -3,11 +3,11 @@
 import copy
 import gc
 
+import lab
 import pytest
 import torch
 import torch.nn.functional as F
 
-import lab
 from config import LearningDynamicsConfig, config_from_dict
 from data import TokenDataset
 from hub.llama import plain_state

@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import lab
 import numpy as np
 import pytest
 
 import checkpoint
 import data
 import evaluate
-import lab
 import shards
 import train
 from config import ConfigError, load_config

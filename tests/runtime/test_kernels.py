@@ -4,11 +4,11 @@ import platform
 import subprocess
 import sys
 
+import lab
 import pytest
 import torch
 import torch.nn.functional as F
 
-import lab
 from config import config_from_dict
 from model import PicoDecoder
 from relora import apply_relora

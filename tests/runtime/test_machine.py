@@ -3,10 +3,10 @@
 import json
 import os
 
+import lab
 import pytest
 import torch
 
-import lab
 from config import UserError
 from runtime import machine
 

@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 
+import lab
 import pytest
 
-import lab
 from config import CheckpointingConfig, MonitoringConfig
 from runtime.run_folder import RunFolder
 
