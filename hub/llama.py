@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import model as model_code
-from checkpoint import CheckpointError, Writer, compare_states, load_model_state, tensor_bytes
+from checkpoint import CheckpointError, Writer, compare_states, tensor_bytes
 from config import ConfigError, ModelConfig, config_from_dict
 from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
 from hub.architecture import llama_names, llama_shapes, llama_state, not_llama, skeleton
@@ -252,11 +253,21 @@ def starting_weights(source: str, cfg: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
+class WithoutDraws(TorchFunctionMode):
+    """Modules made inside are not initialised: until weights take their place, their memory is never touched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_"):  # of torch.nn.init, or a tensor's own
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def load_decoder(path: str | Path) -> PicoDecoder:
-    """The plain decoder of `path` (see load_plain) with its weights."""
+    """The plain decoder of `path` (see load_plain) with its weights, which stay in the file until they are used."""
     cfg, state = load_plain(path)
-    model = PicoDecoder(cfg)
-    load_model_state(model, state, path)
+    with WithoutDraws():
+        model = PicoDecoder(cfg)
+    compare_states(model.state_dict(), state, path)
+    model.load_state_dict(state, assign=True)
     return model
-
-

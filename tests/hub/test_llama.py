@@ -1,5 +1,6 @@
 """A checkpoint's Llama folder: what transformers makes of it, the way back, and folders that are none."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, publish
 from config import config_from_dict
 from hub.llama import load_decoder, load_plain, writers
 from model import PicoDecoder
@@ -273,6 +274,38 @@ def test_what_a_tokenizer_returns_can_be_handed_to_generate(dataset, tmp_path):
     twin.generation_config.eos_token_id = None
     greedy = twin.generate(**batch, max_new_tokens=20, do_sample=False)
     assert torch.equal(greedy, model.generate(torch.tensor([list(b"import os")]), 20, temperature=0))
+
+
+def test_an_export_of_a_run_of_bytes_keeps_the_tokens_that_end_and_pad(dataset, tmp_path):
+    pytest.importorskip("hub.tokenizers")
+    cfg = make_config(dataset)
+    step = export(mid_cycle(cfg), cfg, dataset, tmp_path / "step")
+    lab.call("export.py", "hf", step, tmp_path / "out")
+    lab.call("export.py", "import", tmp_path / "out", tmp_path / "back")
+    for folder in (step, tmp_path / "out", tmp_path / "back"):
+        told = json.loads((folder / "config.json").read_text()) | json.loads((folder / "tokenizer_config.json").read_text())
+        assert (told["eos_token_id"], told["pad_token_id"], told["pad_token"]) == (256, 256, "<|endoftext|>"), folder
+
+
+def test_loading_draws_nothing_and_takes_the_file_over(plain, tmp_path):
+    cfg = plain[0].model
+    before = torch.get_rng_state()
+    model = load_decoder(plain[2])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(tensor, plain[1][name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model.rope_cos, PicoDecoder(cfg).rope_cos) and not model.rope_cos.is_meta
+    wide = PicoDecoder(dataclasses.replace(cfg, vocab_size=200_000))
+    publish(tmp_path / "wide", writers(wide.state_dict(), wide.cfg, tmp_path))
+    size = sum(parameter.nbytes for parameter in wide.parameters())
+
+    def memory():  # of this process alone, in bytes
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    held = memory()
+    again = load_decoder(tmp_path / "wide")
+    assert memory() - held < size / 4
+    again.output_norm.weight.data.zero_()  # is not written to the file
+    assert load_decoder(tmp_path / "wide").output_norm.weight.all()
 
 
 @pytest.fixture
