@@ -117,10 +117,13 @@ def evaluate_blimp(model: nn.Module, pairs: list[blimp.Pair], tokenizer: Tokeniz
     """Accuracy of full-sentence log-probabilities on minimal pairs; ties count as wrong.
 
     With `start`, a token id, before every sentence its first token is scored too; without, the first token has no
-    probability and only conditions the others. Sentences of like length share a batch of 2 batch_size.
+    probability and only conditions the others. Sentences of like length share a batch of 2 batch_size; those longer than
+    the model are cut, and counted.
     """
     sentences = [([] if start is None else [start]) + tokenizer.encode(text) for p in pairs for text in (p.good, p.bad)]
     longest = model.cfg.max_seq_len + 1
+    if cut := sum(len(ids) > longest for ids in sentences):
+        log.warning(f"{cut} of {len(sentences)} BLiMP sentences are cut to the {longest} tokens that the model reads")
     # longest first: buffers that grew from batch to batch once left 6.5 GB of holes in the heap
     order = sorted(range(len(sentences)), key=lambda i: -len(sentences[i]))
     batches = [order[i:i + 2 * batch_size] for i in range(0, len(order), 2 * batch_size)]
@@ -136,7 +139,7 @@ def evaluate_blimp(model: nn.Module, pairs: list[blimp.Pair], tokenizer: Tokeniz
 
     losses = np.empty(len(sentences))
     losses[np.concatenate(batches)] = np.concatenate(map_over_ranks(len(batches), batch, "BLiMP"))
-    return {"start_token": start, "pairs": len(pairs), **blimp.accuracies(pairs, losses[0::2] < losses[1::2])}
+    return {"start_token": start, "pairs": len(pairs), "cut": cut, **blimp.accuracies(pairs, losses[0::2] < losses[1::2])}
 
 
 # ---- what there is to evaluate -------------------------------------------------------------------------------------
@@ -242,6 +245,7 @@ class Blimp:
         if self.options.start_token == "eos" and self.start is None:
             raise ConfigError("evaluation.blimp.start_token: the tokenizer knows no end of text; name it in data.tokenizer.eos, "
                               "or use null")
+        blimp.check_lengths(self.pairs, self.tokenizer, setting.model.max_seq_len + (self.start is None))
 
     def __call__(self, model: nn.Module) -> tuple[dict[str, Any], str]:
         results = evaluate_blimp(model, self.pairs, self.tokenizer, self.start, self.options.batch_size, self.device)

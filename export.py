@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 from checkpoint import CheckpointError, publish
-from hub import llama, published, uploads
+from hub import published, uploads
 from hub.architecture import not_llama
+from hub.folders import read_json, resolve
+from hub.llama import OWN, load_plain, writers
 from runtime.command import Parser, command
 
 
@@ -38,12 +40,12 @@ def main() -> None:
     if args.out.exists():
         raise CheckpointError(f"{args.out}: is already there; choose another folder, or delete it first")
     if args.command == "hf":
-        folder = llama.resolve(args.checkpoint)
-        cfg, state = llama.load_plain(folder)
-        if reason := not_llama(cfg):
+        folder = resolve(args.checkpoint)
+        cfg, state = load_plain(folder)
+        if reason := read_json(folder / "config.json").get(OWN) or not_llama(cfg):
             raise CheckpointError(f"{folder}: is no Llama ({reason}), and no program but this lab would compute the same with "
                                   "it; use the step folder as it is")
-        publish(args.out, llama.writers(state, cfg, folder, getattr(torch, args.dtype)))
+        publish(args.out, writers(state, cfg, folder, getattr(torch, args.dtype)))
     else:
         published.import_model(args.source, args.out, args.revision, args.tokenizer)
     print(f"written to {args.out}")

@@ -20,17 +20,7 @@ from data import INDEX, DataError, read_index, shard_entry, write_index
 from hub.client import HubError, Refused, fetch_folder, with_retries
 from hub.parquet import Converted, convert_parquet
 from runtime import dist
-from runtime.files import (
-    STAGING,
-    fsync_folder,
-    host_name,
-    make_folders,
-    remove_tree,
-    sha256,
-    staging_name,
-    try_again,
-    write_file,
-)
+from runtime.files import STAGING, fsync_folder, host_name, make_folders, remove_tree, sha256, staging_name, try_again, write_file
 from runtime.locks import alive
 from runtime.log import node_log
 

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import model as model_code
-from checkpoint import CheckpointError, Writer, compare_states, load_model_state, read_manifest, step_folders, tensor_bytes
-from config import CheckpointingConfig, ConfigError, ModelConfig, UserError, config_from_dict, load_config
+from checkpoint import CheckpointError, Writer, compare_states, tensor_bytes
+from config import ConfigError, ModelConfig, config_from_dict
 from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
-from hub.architecture import llama_names, llama_state, not_llama, skeleton
+from hub.architecture import llama_names, llama_shapes, llama_state, not_llama, skeleton
+from hub.folders import read_folder, resolve, write_safetensors
 from model import PicoDecoder
 from relora import has_adapters, relora_layers
-from runtime import files
 from runtime.files import HashingFile, sha256
 from runtime.log import log
 
@@ -84,8 +82,7 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
     def weights(file: HashingFile) -> None:
         plain = plain_state(state, cfg)
         chosen = plain if not_llama else llama_state(plain, cfg)
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in chosen.items()}
-        file.write(save(tensors, metadata={"format": "pt"}))
+        write_safetensors(file, {name: as_dtype(name, tensor, dtype) for name, tensor in chosen.items()})
 
     names = {"eos_token": tokenizer.text_of(eos), "pad_token": tokenizer.text_of(pad)}
     return {
@@ -94,10 +91,32 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
         "model.safetensors": Writer(weights, tensor_bytes(state)),
         "tokenizer.json": (Writer(lambda file: file.write(known.read_bytes())) if known.exists()
                            else as_json(byte_tokenizer_json())),
-        "tokenizer_config.json": as_json({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces":
-                                          False, "model_max_length": cfg.max_seq_len}
-                                         | {key: text for key, text in names.items() if text is not None}),
+        "tokenizer_config.json": as_json({
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"], "model_max_length": cfg.max_seq_len}
+            | {key: text for key, text in names.items() if text is not None}),
     }
+
+
+def as_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of numbers as `dtype`; counts stay. Raises CheckpointError where float16 is too narrow."""
+    result = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if dtype == torch.float16 and not result.isfinite().all():
+        raise CheckpointError(f"{name} holds {tensor.abs().max():.3g}, and float16 ends at 65504; use bfloat16")
+    return result
+
+
+def plain_state(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """The plain decoder's state dict from one that may hold adapters: every weight is the effective one."""
+    return merged_state(skeleton(cfg), state) if has_adapters(state) else state
+
+
+def merged_state(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state`, of a model without numbers like `model`, with the effective weight in place of what each adapted layer holds."""
+    model.load_state_dict(state, assign=True)
+    layers = relora_layers(model)
+    plain = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in layers}
+    return plain | {f"{name}.weight": layer.effective_weight() for name, layer in layers.items()}
 
 
 # ---- reading a Llama folder back -----------------------------------------------------------------------------
@@ -105,34 +124,6 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
 def interleaved(weight: Tensor, heads: int) -> Tensor:
     """The inverse of half_split."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def resolve(path: str | Path) -> Path:
-    """A step or model folder as it is; for a run folder its newest whole step. Raises UserError."""
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    run = path / "training_config.yaml"
-    options = load_config(run).checkpointing if run.is_file() else CheckpointingConfig()
-    for step in (step for folder in (path, path / options.checkpoints_dir) for step in step_folders(folder)):
-        if problem := lacks(step):
-            log.warning(f"{problem}; an older step is taken, if there is one")
-        else:
-            return step
-    raise CheckpointError(f"{path}: neither a run, nor a checkpoint's step_N, nor a model folder{files.did_you_mean(path)}")
-
-
-def lacks(step: Path) -> str | None:
-    """What a step folder lacks of its model, by its manifest, where it has one."""
-    if not (step / "manifest.json").is_file():
-        return None if (step / "config.json").is_file() else f"{step}: holds no model"
-    try:
-        entries = read_manifest(step)
-        wrong = [name for name, entry in entries.items()
-                 if not ((step / name).is_file() and (step / name).stat().st_size == entry["size"])]
-    except UserError as error:
-        return str(error)
-    return f"{step}: {wrong[0]} is not as its manifest says" if wrong else None
 
 
 def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -145,16 +136,49 @@ def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     found, tensors = read_folder(folder)
     if OWN in found:
         return _load_own(found, tensors, folder)
-    cfg = _our_config(found, folder)
+    cfg = llama_model_config(found, folder)
+    tensors = untied(without_frequencies(tensors, cfg, folder), found, folder)
+    expected, names = llama_shapes(cfg), llama_names(cfg)
+    compare_states({names[ours]: tensor for ours, tensor in expected.items()}, tensors, folder)
     if reason := not_llama(cfg, tokens=64):
         log.warning(f"{folder}: holds a Llama, and model.py as it is now computes something else with its weights ({reason})")
-    compare_states(llama_state(skeleton(cfg).state_dict(), cfg), tensors, folder)
     heads = {"q_proj": cfg.attention_n_heads, "k_proj": cfg.attention_n_kv_heads}
     state = {}
-    for ours, theirs in llama_names(cfg).items():
-        leaf, tensor = ours.split(".")[-2], tensors[theirs].float()
+    for ours, theirs in names.items():
+        leaf, tensor = ours.split(".")[-2], as_float32(theirs, tensors[theirs], folder)
         state[ours] = interleaved(tensor, heads[leaf]) if leaf in heads else tensor
     return cfg, state
+
+
+def as_float32(name: str, tensor: Tensor, folder: Path) -> Tensor:
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise CheckpointError(f"{folder}: {name} is of {str(tensor.dtype).removeprefix('torch.')}; packed weights cannot be read")
+    return tensor.float()
+
+
+def without_frequencies(tensors: dict[str, Tensor], cfg: ModelConfig, folder: Path) -> dict[str, Tensor]:
+    """Without the rotary frequencies that older folders hold. Raises CheckpointError where they are not rope_theta's."""
+    size = cfg.d_model // cfg.attention_n_heads
+    expected = cfg.position_emb_theta ** -(torch.arange(0, size, 2) / size)
+    extra = [name for name in tensors if name.endswith("rotary_emb.inv_freq")]
+    for name in extra:
+        found = tensors[name].float()
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.01):  # they may be bfloat16
+            raise CheckpointError(f"{folder}: {name} holds other frequencies than rope_theta {cfg.position_emb_theta:g} gives")
+    if extra:
+        log.info(f"{folder}: {len(extra)} tensors rotary_emb.inv_freq are left out; they follow from rope_theta")
+    return {name: tensor for name, tensor in tensors.items() if name not in extra}
+
+
+def untied(tensors: dict[str, Tensor], found: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """With a head of its own, where the embedding serves as head too."""
+    embedding = tensors.get("model.embed_tokens.weight")
+    if not found.get("tie_word_embeddings") or embedding is None:
+        return tensors
+    if not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
+        raise CheckpointError(f"{folder}: has tie_word_embeddings in config.json, and an lm_head.weight that is not its embedding")
+    log.info(f"{folder}: its embedding is its head too; here they are two tensors, equal now, which would train apart")
+    return tensors | {"lm_head.weight": embedding}
 
 
 def _load_own(found: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -163,71 +187,58 @@ def _load_own(found: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -
         cfg = config_from_dict({"model": {k: v for k, v in found.items() if k not in (OWN, "model_py")}}).model
     except ConfigError as error:
         raise CheckpointError(f"{folder}: config.json does not describe a model that this code builds ({error})") from None
+    check_layers(cfg, tensors, folder)
     compare_states(skeleton(cfg).state_dict(), tensors, folder)
     if found.get("model_py") != model_py():
         log.warning(f"{folder}: was made by another model.py; where their formulas differ, so does what it computes")
-    return cfg, {name: tensor.float() for name, tensor in tensors.items()}
+    return cfg, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config.json, {name: tensor}) of a model folder whose weights are safetensors, in one file or several, or one .bin."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        index, old = folder / "model.safetensors.index.json", folder / "pytorch_model.bin"
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
-        if not index.is_file() and not (folder / files[0]).is_file() and old.is_file():
-            tensors = torch.load(old, map_location="cpu", weights_only=True)
-        else:
-            tensors = {name: tensor for file in files for name, tensor in load_file(folder / Path(file).name).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, RecursionError, SafetensorError,
-            pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder}: cannot be read as a model folder ({' '.join(str(error).split())[:200]})") from None
-    if not (isinstance(found, dict) and isinstance(tensors, dict)
-            and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items())):
-        raise CheckpointError(f"{folder}: config.json is no object, or its weights are not tensors by name")
-    return found, tensors
+def check_layers(cfg: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Before a model is built as a stranger says: one of a million layers takes hours."""
+    if cfg.n_layers > len(tensors):
+        raise CheckpointError(f"{folder}: config.json tells of {cfg.n_layers} layers, and there are {len(tensors)} tensors")
 
 
-def plain_state(state: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """The plain decoder's state dict from one that may hold adapters: every weight is the effective one."""
-    if not has_adapters(state):
-        return state
-    model = skeleton(cfg)
-    model.load_state_dict(state, assign=True)
-    adapted = {f"{name}.weight": layer.effective_weight() for name, layer in relora_layers(model).items()}
-    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in relora_layers(model)} | adapted
-
-
-def _our_config(found: Any, folder: Path) -> ModelConfig:
+def llama_model_config(found: dict[str, Any], folder: Path) -> ModelConfig:
     """The configuration that a Llama config.json describes. Raises CheckpointError for what would compute otherwise."""
     names = {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "vocab_size": "vocab_size",
              "max_seq_len": "max_position_embeddings", "attention_n_heads": "num_attention_heads",
              "activation_hidden_dim": "intermediate_size"}
-    if str(found.get("model_type")).startswith("pico"):
+    if "pico" in str(found.get("model_type")):
         raise CheckpointError(f"{folder}: is a published Pico model; make it one of ours with: "
                               f"python export.py import {folder} OUT")
     try:
-        rope = found.get("rope_parameters") or {}
         tree = {ours: found[theirs] for ours, theirs in names.items()}
+        theta = {t for t in (found.get("rope_theta"), (found.get("rope_parameters") or {}).get("rope_theta")) if t is not None}
         tree |= {"attention_n_kv_heads": found.get("num_key_value_heads") or found["num_attention_heads"],
-                 "norm_eps": found.get("rms_norm_eps", 1e-6),
-                 "position_emb_theta": found.get("rope_theta") or rope.get("rope_theta", 10000.0)}  # transformers' defaults
+                 "norm_eps": found.get("rms_norm_eps", 1e-6), "position_emb_theta": max(theta, default=10000.0)}  # transformers'
         if text := next((key for key, value in tree.items() if isinstance(value, str)), None):
             raise ConfigError(f"{names.get(text, text)} is the text {tree[text]!r}")
         cfg = config_from_dict({"model": tree}).model
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        differing = what_differs(found, cfg) + ([f"two values of rope_theta, {min(theta)} and {max(theta)}"] if len(theta) > 1 else [])
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{folder}: config.json is not of a plain Llama ({error})") from None
-    needed = llama_config(cfg, None, None, torch.float32)
-    same = ("model_type", "hidden_act", "tie_word_embeddings", "head_dim", "attention_bias", "mlp_bias")
-    differing = [f"{key} {found[key]!r} instead of {needed[key]!r}" for key in same if found.get(key) not in (None, needed[key])]
-    if found.get("rope_scaling") or rope.get("rope_type", "default") != "default":
-        differing.append("scaled rotary positions")
     if differing:
         raise CheckpointError(f"{folder}: config.json is not of a model that this lab builds: it has {', '.join(differing)}")
     return cfg
+
+
+def what_differs(found: dict[str, Any], cfg: ModelConfig) -> list[str]:
+    """What in a Llama's config.json makes it compute something else than the decoder of `cfg`."""
+    needed = llama_config(cfg, None, None, torch.float32) | {"partial_rotary_factor": 1.0}
+    same = ("model_type", "hidden_act", "head_dim", "attention_bias", "mlp_bias", "partial_rotary_factor")
+    differing = [f"{key} {found[key]!r} instead of {needed[key]!r}" for key in same
+                 if found.get(key) not in (None, needed[key]) and (key, found[key]) != ("hidden_act", "swish")]  # silu's old name
+    differing += [f"{key}, {why}" for key, why in (("quantization_config", "packed weights"), ("auto_map", "code of its own"))
+                  if found.get(key)]
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = dict(found.get(key) or {})
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
+        rest = {k: v for k, v in rope.items() if k not in ("type", "rope_theta") and (k, v) != ("partial_rotary_factor", 1.0)}
+        if kind != "default" or rest:
+            differing.append(f"scaled rotary positions ({key} of type {kind!r})")
+    return differing
 
 
 def starting_weights(source: str, cfg: ModelConfig) -> dict[str, Tensor]:
@@ -242,11 +253,21 @@ def starting_weights(source: str, cfg: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
+class WithoutDraws(TorchFunctionMode):
+    """Modules made inside are not initialised: until weights take their place, their memory is never touched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_"):  # of torch.nn.init, or a tensor's own
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def load_decoder(path: str | Path) -> PicoDecoder:
-    """The plain decoder of `path` (see load_plain) with its weights."""
+    """The plain decoder of `path` (see load_plain) with its weights, which stay in the file until they are used."""
     cfg, state = load_plain(path)
-    model = PicoDecoder(cfg)
-    load_model_state(model, state, path)
+    with WithoutDraws():
+        model = PicoDecoder(cfg)
+    compare_states(model.state_dict(), state, path)
+    model.load_state_dict(state, assign=True)
     return model
-
-

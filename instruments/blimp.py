@@ -1,4 +1,8 @@
-"""BLiMP's minimal pairs (Warstadt et al., arXiv 1912.00582): reading them from a folder, a zip or the Hub, and counting."""
+"""BLiMP's minimal pairs (Warstadt et al., arXiv 1912.00582): reading them from a file, a folder or the Hub, and counting.
+
+lm-eval's stock task puts a space before each sentence, and starts with the model's end of text. For equal numbers, give its
+task `target_delimiter: ""`, and evaluation.blimp.start_token=eos here.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import BlimpConfig, ConfigError, DatasetConfig, UserError
+from config import BlimpConfig, ConfigError, DatasetConfig
+from data import Tokenizer
 from hub import parquet
 from hub.client import fetch_folder
 from hub.datasets import find_local
 from runtime import dist
+from runtime.log import log
+
+KINDS = (".parquet", ".zip", ".jsonl")  # of files with pairs: where a folder has several, the first is read
+MOST_BYTES = 1 << 30  # of one of them, unpacked; all of BLiMP has 26 MB
+MOST_CUT = 0.01  # share of sentences longer than the model, from which on a score tells nothing
 
 
 class Pair(NamedTuple):
@@ -37,12 +47,13 @@ def load_pairs(cfg: BlimpConfig, minutes: float = DatasetConfig.patience_minutes
 def _load_pairs(cfg: BlimpConfig, minutes: float) -> list[Pair]:
     try:
         path = find_local(cfg.dataset_name)
-        path = path or fetch_folder(cfg.dataset_name, "dataset", ["*.jsonl", "*.zip", "*.parquet"], minutes)
-        found = [_pair(line) for text in _texts(path) for line in text.splitlines() if line.strip()]
+        path = path or fetch_folder(cfg.dataset_name, "dataset", [f"*{kind}" for kind in KINDS], minutes)
+        found = [_pair(record) for record in _records(path)]
         if not found:
             raise ValueError("no pairs in it")
-    except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"evaluation.blimp.dataset_name: {cfg.dataset_name!r} cannot be read ({error}); give BLiMP.zip, or a "
+    except Exception as error:  # archives of strangers raise what their format's library likes
+        told = " ".join(str(error).split())[:300] if str(error) else type(error).__name__
+        raise ConfigError(f"evaluation.blimp.dataset_name: {cfg.dataset_name!r} cannot be read ({told}); give BLiMP.zip, or a "
                           f"folder of its jsonl or parquet files") from None
     chosen: dict[str, list[Pair]] = defaultdict(list)
     for pair in found:
@@ -54,31 +65,52 @@ def _load_pairs(cfg: BlimpConfig, minutes: float) -> list[Pair]:
     return [pair for uid in sorted(chosen) for pair in chosen[uid][:cfg.samples_per_set]]
 
 
-def _texts(path: Path) -> Iterator[str]:
-    """The lines of JSON of a zip, or of a folder: of its parquet files if it has any, else its zip's, else its jsonl files'."""
-    if path.is_file():
-        yield from _zipped(path)
-    elif parquets := sorted(path.rglob("*.parquet")):
-        yield from ("\n".join(map(json.dumps, parquet.records(file))) for file in parquets)
-    elif zips := sorted(path.rglob("*.zip")):
-        yield from _zipped(zips[0])
+def _records(path: Path) -> Iterator[Any]:
+    """The records in a zip, a parquet file or one of JSON lines, or in the files of a folder, those of one kind."""
+    if path.is_dir():
+        files = {kind: found for kind in KINDS if (found := sorted(path.rglob(f"*{kind}")))}
+        if len(files) > 1:
+            log.info(f"{path}: holds {' and '.join(files)} files; the {next(iter(files))} are read")
+        chosen = next(iter(files.values()), [])
+        if chosen and chosen[0].suffix == ".zip" and len(chosen) > 1:
+            raise ValueError(f"it holds several zips, {', '.join(file.name for file in chosen)}; name one")
+        for file in chosen:
+            yield from _records(file)
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(name for name in set(archive.namelist()) if name.endswith(".jsonl") and "__MACOSX" not in name)
+            _check_size(path, sum(archive.getinfo(name).file_size for name in names))
+            for name in names:
+                yield from _lines(archive.read(name))
     else:
-        yield from (file.read_text(encoding="utf-8") for file in sorted(path.rglob("*.jsonl")))
+        _check_size(path, path.stat().st_size)
+        yield from parquet.records(path) if path.suffix == ".parquet" else _lines(path.read_bytes())
 
 
-def _zipped(path: Path) -> Iterator[str]:
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            if name.endswith(".jsonl") and "__MACOSX" not in name:
-                yield archive.read(name).decode("utf-8")
+def _check_size(path: Path, size: int) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"{path.name} holds {size:,} bytes, more than BLiMP has")
 
 
-def _pair(line: str) -> Pair:
-    record = json.loads(line)
+def _lines(content: bytes) -> Iterator[Any]:
+    """JSON lines, which end with \\n only: a sentence may hold what Python takes for an end of line."""
+    return (json.loads(line) for line in content.decode("utf-8-sig").split("\n") if line.strip())
+
+
+def _pair(record: Any) -> Pair:
     pair = Pair(record["UID"], record["linguistics_term"], record["sentence_good"], record["sentence_bad"])
     if not all(isinstance(text, str) for text in pair):
-        raise ValueError(f"not texts: {line[:80]}")
+        raise ValueError(f"not texts: {str(record)[:80]}")
     return pair
+
+
+def check_lengths(pairs: list[Pair], tokenizer: Tokenizer, longest: int) -> None:
+    """Raise ConfigError where, of some pairs from all paradigms, too many sentences have more than `longest` tokens."""
+    some = [text for pair in pairs[::-(-len(pairs) // 1000)] for text in (pair.good, pair.bad)]
+    cut = sum(len(tokenizer.encode(text)) > longest for text in some) / len(some)
+    if cut > MOST_CUT:
+        raise ConfigError(f"evaluation.metrics: {cut:.0%} of BLiMP's sentences have more than the {longest} tokens that the "
+                          "model reads, and their ends decide; leave blimp out, or give model.max_seq_len more")
 
 
 def accuracies(pairs: list[Pair], right: np.ndarray) -> dict[str, Any]:

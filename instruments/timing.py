@@ -21,7 +21,7 @@ import checkpoint
 import evaluate
 import train
 from data import BatchLoader, TokenDataset, shard_entry, write_index
-from hub import llama
+from hub import architecture, llama
 from hub.parquet import convert_parquet
 from optim import set_learning_rate
 from relora import merge_and_reinit, reset_optimizer
@@ -83,12 +83,12 @@ def breakdown(t: TrainState, rows: torch.Tensor) -> dict[str, float]:
 def checkpoint_costs(t: TrainState, rows: torch.Tensor, folder: Path) -> dict[str, float]:
     """Seconds that a checkpoint takes when it is waited for, and when training goes on: standing still, and run slower."""
     step = our_step(t, rows)
-    usual = statistics.median(seconds(step, t.device) for _ in range(3))
+    usual, reason = statistics.median(seconds(step, t.device) for _ in range(3)), architecture.not_llama(t.cfg.model)
     saver = checkpoint.Saver(t.cfg.checkpointing, folder)
 
     def save() -> None:
         state = checkpoint.gather_state(t.model, t.optimizers)
-        files = llama.writers(state["model"], t.cfg.model, folder)
+        files = llama.writers(state["model"], t.cfg.model, folder, not_llama=reason)
         saver.save(t.step, files | {"training_state/checkpoint.pt": checkpoint.torch_writer(state | {"step": t.step})})
     blocking = seconds(save, t.device) + seconds(saver.wait, t.device)
     step()

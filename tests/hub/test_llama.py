@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lab
-from checkpoint import CheckpointError
-from config import ModelConfig, ReLoRAConfig, config_from_dict
-from fake_hub import Hub
-from hub.llama import byte_tokenizer_json, load_decoder, load_plain, writers
+from checkpoint import CheckpointError, publish
+from config import config_from_dict
+from hub.llama import load_decoder, load_plain, writers
 from model import PicoDecoder
 from relora import apply_relora, relora_layers
 from runtime.files import write_file
@@ -190,11 +189,27 @@ def test_another_config_is_refused(damaged, text):
 
 @pytest.mark.parametrize("change", [
     {"model_type": "gemma"}, {"hidden_act": "gelu"}, {"tie_word_embeddings": True}, {"head_dim": 16},
-    {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"hidden_size": "32"}, {"num_attention_heads": 0}])
-def test_a_config_that_would_compute_something_else_is_refused(damaged, change):
+    {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"hidden_size": "32"}, {"num_attention_heads": 0},
+    {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {"rope_scaling": {"factor": 2.0}}, {"rope_scaling": [1]},
+    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0}}, {"rope_parameters": {"rope_theta": 1e6}},
+    {"partial_rotary_factor": 0.5}, {"attention_bias": True}, {"mlp_bias": True}, {"quantization_config": {"bits": 4}},
+    {"auto_map": {"AutoModel": "theirs.py"}}], ids=str)
+def test_a_config_that_would_compute_something_else_is_refused_by_name(damaged, change):
     path = damaged / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refusal(damaged)
+    told, (key,) = refusal(damaged), change
+    assert key in told or key in ("rope_scaling", "num_attention_heads", "rope_parameters")
+    assert "rotary" in told or "rope" not in key or change in ({"rope_scaling": [1]}, {"rope_parameters": {"rope_theta": 1e6}})
+
+
+@pytest.mark.parametrize("change", [
+    {"rope_scaling": None}, {"rope_scaling": {"type": "default"}}, {"rope_theta": None, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 1.0}}, {"hidden_act": "swish"}, {"head_dim": None},
+    {"quantization_config": None}, {"pretraining_tp": 2, "use_cache": False}], ids=str)
+def test_other_words_for_the_same_model_are_read(plain, damaged, change):
+    path = damaged / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert load_plain(damaged)[0] == plain[0].model
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
@@ -210,66 +225,138 @@ def test_absent_weights_and_absent_folders_are_refused(damaged):
     refusal(damaged / "nowhere")
 
 
-# ---- published Pico models -----------------------------------------------------------------------------------------
+# ---- as starting weights ---------------------------------------------------------------------------------------------
 
-def published(folder, model, cfg, kind):
-    """A folder as pico-train (pico_decoder) or relora-pico (pico_relora_decoder) publish it."""
+# ---- older folders, tied ones, folders of our own ----------------------------------------------------------------------
+
+def test_rotary_frequencies_of_older_folders_are_left_out_and_said_unless_they_are_others(plain, damaged, said):
+    path, cfg = damaged / "model.safetensors", plain[0].model
+    tensors = load_file(path)
+    frequencies = cfg.position_emb_theta ** -(torch.arange(0, 8, 2) / 8)
+    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq"):
+        save_file(tensors | {name: frequencies.bfloat16()}, path)
+        load_plain(damaged)
+        tensors[name] = frequencies.clone()
+    save_file(tensors, path)
+    assert all(torch.equal(tensor, plain[1][name]) for name, tensor in load_plain(damaged)[1].items())
+    assert said[-1:] == [f"{damaged}: 2 tensors rotary_emb.inv_freq are left out; they follow from rope_theta"]
+    save_file(tensors | {name: frequencies / 4}, path)
+    assert "layers.1.self_attn.rotary_emb.inv_freq holds other frequencies than rope_theta 300 gives" in refusal(damaged)
+
+
+def test_a_folder_with_one_tensor_as_embedding_and_head_computes_what_transformers_does(plain, tmp_path, said):
+    from transformers import AutoConfig, LlamaForCausalLM
+    theirs = LlamaForCausalLM(AutoConfig.from_pretrained(plain[2], tie_word_embeddings=True)).eval()
+    theirs.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    ours = load_decoder(tmp_path / "tied")
+    ids = torch.randint(264, (2, 96))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    assert said == [f"{tmp_path / 'tied'}: its embedding is its head too; here they are two tensors, equal now, which would "
+                    "train apart"]
+    lab.call("export.py", "hf", tmp_path / "tied", tmp_path / "again")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits
+    torch.testing.assert_close(again, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_tokenizer_returns_can_be_handed_to_generate(dataset, tmp_path):
+    from transformers import AutoTokenizer
+    cfg = make_config(dataset)
+    model = mid_cycle(cfg)
+    folder = export(model, cfg, dataset, tmp_path / "folder")
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    assert told["model_input_names"] == ["input_ids", "attention_mask"]
+    twin, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer("import os", return_tensors="pt")
+    assert list(batch) == told["model_input_names"]
+    twin.generation_config.eos_token_id = None
+    greedy = twin.generate(**batch, max_new_tokens=20, do_sample=False)
+    assert torch.equal(greedy, model.generate(torch.tensor([list(b"import os")]), 20, temperature=0))
+
+
+def test_an_export_of_a_run_of_bytes_keeps_the_tokens_that_end_and_pad(dataset, tmp_path):
+    pytest.importorskip("hub.tokenizers")
+    cfg = make_config(dataset)
+    step = export(mid_cycle(cfg), cfg, dataset, tmp_path / "step")
+    lab.call("export.py", "hf", step, tmp_path / "out")
+    lab.call("export.py", "import", tmp_path / "out", tmp_path / "back")
+    for folder in (step, tmp_path / "out", tmp_path / "back"):
+        told = json.loads((folder / "config.json").read_text()) | json.loads((folder / "tokenizer_config.json").read_text())
+        assert (told["eos_token_id"], told["pad_token_id"], told["pad_token"]) == (256, 256, "<|endoftext|>"), folder
+
+
+def test_loading_draws_nothing_and_takes_the_file_over(plain, tmp_path):
+    cfg = plain[0].model
+    before = torch.get_rng_state()
+    model = load_decoder(plain[2])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(tensor, plain[1][name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model.rope_cos, PicoDecoder(cfg).rope_cos) and not model.rope_cos.is_meta
+    wide = PicoDecoder(dataclasses.replace(cfg, vocab_size=200_000))
+    publish(tmp_path / "wide", writers(wide.state_dict(), wide.cfg, tmp_path))
+    size = sum(parameter.nbytes for parameter in wide.parameters())
+
+    def memory():  # of this process alone, in bytes
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    held = memory()
+    again = load_decoder(tmp_path / "wide")
+    assert memory() - held < size / 4
+    again.output_norm.weight.data.zero_()  # is not written to the file
+    assert load_decoder(tmp_path / "wide").output_norm.weight.all()
+
+
+@pytest.fixture
+def our_own(plain, tmp_path):
+    """A folder under our own names, as of a model whose formula somebody changed."""
+    cfg, state, _ = plain
+    folder = tmp_path / "own"
     folder.mkdir()
-    renamed = {}
-    for name, tensor in model.state_dict().items():
-        for ours, theirs in ((".lora_A", ".A_lora.weight"), (".lora_B", ".B_lora.weight"), (".scaling", ".s")):
-            name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
-        renamed[f"pico_decoder.{name}"] = tensor.clone()
-    save_file(renamed, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), "model_type": kind, "auto_map": {}}))
+    for name, (write, _) in writers(state, cfg.model, tmp_path, not_llama="its logits differ").items():
+        write_file(folder / name, write)
     return folder
 
 
-@pytest.mark.parametrize("options", [None, {}, {"trainable_scaling": True}], ids=["full-rank", "relora", "scaled"])
-def test_a_published_model_computes_the_same_after_import(tmp_path, options):
-    torch.manual_seed(0)
-    relora = None if options is None else ReLoRAConfig(["attention", "swiglu"], 100, r=4, lora_alpha=6, lora_dropout=0.0,
-                                                      **options)
-    cfg = ModelConfig(d_model=32, n_layers=2, vocab_size=300, max_seq_len=16, attention_n_heads=4, attention_n_kv_heads=2,
-                      activation_hidden_dim=64, relora=relora)
-    model = PicoDecoder(cfg)
-    if relora:
-        apply_relora(model, relora)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.add_(torch.randn_like(p) * 0.1 if "lora_B" in name or "scaling" in name else 0)
-    folder = published(tmp_path / "theirs", model, cfg, "pico_relora_decoder" if relora else "pico_decoder")
-    printed = lab.call("export.py", "import", folder, tmp_path / "ours", code=2)
-    assert "--tokenizer" in printed and not (tmp_path / "ours").exists()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_tokenizer_json()))
-    lab.call("export.py", "import", folder, tmp_path / "ours", "--tokenizer", tmp_path / "tokenizer.json")
-    ids = torch.randint(300, (2, 16))
-    with torch.no_grad():
-        torch.testing.assert_close(load_decoder(tmp_path / "ours")(ids), model.eval()(ids), atol=1e-5, rtol=1e-5)
+def test_a_folder_of_our_own_is_read_bit_for_bit_and_by_nobody_else(plain, our_own, tmp_path):
+    found, again = load_plain(our_own)
+    assert found == plain[0].model and all(torch.equal(again[name], tensor) for name, tensor in plain[1].items())
+    told = json.loads((our_own / "config.json").read_text())
+    assert (told["model_type"], told["not_llama"], told["relora"]) == ("pico_decoder", "its logits differ", None)
+    for words in (["hf", our_own], ["import", our_own]):
+        printed = lab.call("export.py", *words, tmp_path / "out", code=2)
+        assert "its logits differ" in printed and len(printed.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda t, c: t.pop("pico_decoder.layers.0.swiglu.w_1.B_lora.weight"), "layers.0.swiglu.w_1.lora_B is missing"),
-    (lambda t, c: t.pop("pico_decoder.layers.0.swiglu.w_1.A_lora.weight"), "layers.0.swiglu.w_1.lora_A is missing"),
-    (lambda t, c: t.pop("pico_decoder.layers.0.attention.v_proj.weight"), "layers.0.attention.v_proj.weight is missing"),
-    (lambda t, c: c["relora"].update(trainable_scaling=True), "scaling is missing"),
-    (lambda t, c: c["relora"].update(r=8), "lora_A is (4, 32), not (8, 32)"),
-    (lambda t, c: c.update(relora=None), "lora_A is unexpected"), (lambda t, c: c.update(relora="abc"), "config.json"),
-    (lambda t, c: c.pop("n_layers"), "n_layers missing"), (lambda t, c: c.update(model_type="gpt2"), "gpt2")],
-    ids="B A weight scaling rank no-relora relora-text n_layers type".split())
-def test_a_published_model_that_does_not_fit_its_config_is_refused(tmp_path, spoil, message):
-    relora = ReLoRAConfig(["attention", "swiglu"], 100, r=4, lora_alpha=6)
-    cfg = ModelConfig(d_model=32, n_layers=1, vocab_size=64, max_seq_len=16, attention_n_heads=4, attention_n_kv_heads=2,
-                      activation_hidden_dim=64, relora=relora)
-    model = PicoDecoder(cfg)
-    apply_relora(model, relora)
-    folder = published(tmp_path / "theirs", model, cfg, "pico_relora_decoder")
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-    spoil(tensors, config)
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    printed = lab.call("export.py", "import", folder, tmp_path / "ours", code=2)
-    assert message in printed and "Traceback" not in printed and not (tmp_path / "ours").exists()
+def test_a_folder_of_our_own_is_compared_strictly_both_ways(our_own):
+    path = our_own / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["layers.1.attention.q_proj.weight"]
+    save_file(tensors | {"layers.0.attention.q_norm.weight": torch.ones(8)}, path)
+    told = refusal(our_own)
+    assert "layers.1.attention.q_proj.weight is missing" in told and "layers.0.attention.q_norm.weight is unexpected" in told
+    (our_own / "config.json").write_text(json.dumps(json.loads((our_own / "config.json").read_text()) | {"q_norm": True}))
+    assert "q_norm: unknown key" in refusal(our_own)
+
+
+def test_a_tensor_without_a_place_in_a_llama_is_never_dropped(plain, tmp_path):
+    cfg, state, _ = plain
+    made = writers(state | {"layers.0.attention.q_norm.weight": torch.ones(8)}, cfg.model, tmp_path)
+    with pytest.raises(CheckpointError, match="layers.0.attention.q_norm.weight is unexpected"):
+        write_file(tmp_path / "model.safetensors", made["model.safetensors"].write)
+
+
+def test_weights_that_float16_cannot_hold_are_refused(plain, tmp_path):
+    shutil.copytree(plain[2], tmp_path / "large")
+    path = tmp_path / "large" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = 7e4
+    save_file(tensors, path)
+    printed = lab.call("export.py", "hf", tmp_path / "large", tmp_path / "out", "--dtype", "float16", code=2)
+    assert "model.norm.weight holds 7e+04, and float16 ends at 65504; use bfloat16" in printed
+    assert not list(tmp_path.glob("*out*"))
+    lab.call("export.py", "hf", tmp_path / "large", tmp_path / "out", "--dtype", "bfloat16")
 
 
 def test_weights_in_several_files_are_read(tmp_path, plain):
@@ -281,21 +368,6 @@ def test_weights_in_several_files_are_read(tmp_path, plain):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_model_is_imported_from_the_hub(tmp_path):
-    cfg = ModelConfig(d_model=32, n_layers=1, vocab_size=64, max_seq_len=16, attention_n_heads=4, attention_n_kv_heads=2,
-                      activation_hidden_dim=64)
-    model = PicoDecoder(cfg).eval()
-    folder = published(tmp_path / "theirs", model, cfg, "pico_decoder")
-    with Hub() as hub:
-        hub.repos["models/lab/theirs"] = {path.name: path.read_bytes() for path in folder.iterdir()}
-        lab.forked("export.py", "import", "lab/theirs", tmp_path / "ours", env=hub.env(tmp_path / "hf"))
-        printed = lab.forked("export.py", "import", "lab/none", tmp_path / "none", env=hub.env(tmp_path / "hf"), code=2)
-    assert "lab/none" in printed and "Traceback" not in printed and not (tmp_path / "none").exists()
-    ids = torch.randint(64, (2, 16))
-    with torch.no_grad():
-        assert torch.equal(load_decoder(tmp_path / "ours")(ids), model(ids))
-
-
 def test_an_imported_model_starts_a_run(tmp_path, dataset):
     lab.call("train.py", lab.write_config(tmp_path / "a.yaml", lab.tiny_tree(dataset, tmp_path, "full", relora=False)))
     lab.call("export.py", "hf", tmp_path / "full", tmp_path / "model", "--dtype", "bfloat16")
@@ -304,13 +376,3 @@ def test_an_imported_model_starts_a_run(tmp_path, dataset):
             f"training.start_from={tmp_path / 'again'}", "training.max_steps=3")
     full, warm = lab.metrics(tmp_path / "full", "eval/val_loss"), lab.metrics(tmp_path / "warm", "eval/val_loss")
     assert warm[0] == pytest.approx(full[20], abs=0.01), "bfloat16 rounds a little"
-
-
-def test_what_is_missing_from_a_published_model_is_listed(tmp_path):
-    cfg = ModelConfig(d_model=32, n_layers=1, vocab_size=64, max_seq_len=16, attention_n_heads=4, attention_n_kv_heads=2,
-                      activation_hidden_dim=64)
-    model = PicoDecoder(cfg)
-    del model.layers[0].swiglu.w_1
-    folder = published(tmp_path / "theirs", model, cfg, "pico_decoder")
-    printed = lab.call("export.py", "import", folder, tmp_path / "ours", code=2)
-    assert "layers.0.swiglu.w_1.weight is missing" in printed and not (tmp_path / "ours").exists()
