@@ -21,8 +21,8 @@ from torch import Tensor
 import model as model_code
 from checkpoint import CheckpointError, Writer, compare_states, load_model_state, read_manifest, step_folders, tensor_bytes
 from config import CheckpointingConfig, ConfigError, ModelConfig, UserError, config_from_dict, load_config
-from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
 from hub.architecture import llama_names, llama_state, not_llama, skeleton
+from hub.tokenizers import END_OF_TEXT, ByteTokenizer, load_tokenizer, tokenizer_config
 from model import PicoDecoder
 from relora import has_adapters, relora_layers
 from runtime import files
@@ -94,9 +94,7 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
         "model.safetensors": Writer(weights, tensor_bytes(state)),
         "tokenizer.json": (Writer(lambda file: file.write(known.read_bytes())) if known.exists()
                            else as_json(byte_tokenizer_json())),
-        "tokenizer_config.json": as_json({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces":
-                                          False, "model_max_length": cfg.max_seq_len}
-                                         | {key: text for key, text in names.items() if text is not None}),
+        "tokenizer_config.json": as_json(tokenizer_config(tokenizer) | names | {"model_max_length": cfg.max_seq_len}),
     }
 
 

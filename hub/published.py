@@ -9,11 +9,11 @@ from torch import Tensor
 
 from checkpoint import CheckpointError, compare_states, publish
 from config import ConfigError, DatasetConfig, ModelConfig, ReLoRAConfig, config_from_dict
-from data import ByteTokenizer
 from hub.architecture import TOP_NAMES, skeleton
 from hub.client import fetch_folder
 from hub.datasets import find_local
 from hub.llama import load_plain, plain_state, read_folder, writers
+from hub.tokenizers import ByteTokenizer
 
 
 def load_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
