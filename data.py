@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from runtime.files import Unreadable, read_text, sha256, try_again
+from runtime.files import Unreadable, read_text, sha256, try_again, write_text
 from runtime.log import log
 
 INDEX = "index.json"
-END_OF_TEXT = "<|endoftext|>"
 
 
 class DataError(UserError):
@@ -86,7 +85,7 @@ def write_index(folder: Path, shards: list[dict], row_length: int, vocab_size: i
                 revision: str | None = None, **extra: Any) -> None:
     index = {"row_length": row_length, "dtype": token_dtype(vocab_size).name, "vocab_size": vocab_size,
              "source": source, "revision": revision, **extra, "shards": shards}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 class TokenDataset:
@@ -266,55 +265,3 @@ class BatchLoader:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join(timeout=5)
-
-
-# ---- tokenizers --------------------------------------------------------------------------------------------
-
-class ByteTokenizer:
-    """UTF-8 bytes as ids 0-255, and 256 for the end of a text: the tokenizer of a folder without one."""
-    vocab_size, eos, pad = 257, 256, 256
-
-    def text_of(self, token: int | None) -> str | None:
-        return END_OF_TEXT if token == self.eos else None
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-
-
-class JsonTokenizer:
-    """A Hugging Face tokenizer.json; eos and pad are asked of its special tokens (None where it has none)."""
-
-    def __init__(self, path: Path):
-        import tokenizers
-        try:
-            self.inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{path}: not a tokenizer.json ({error})") from None
-        self.vocab_size: int = self.inner.get_vocab_size()
-        self.eos = self._first(END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
-        self.pad = self._first("<|padding|>", "<pad>", "<|pad|>", "[PAD]")
-
-    def text_of(self, token: int | None) -> str | None:
-        """The special token of an id."""
-        return None if token is None else self.inner.id_to_token(token)
-
-    def _first(self, *contents: str) -> int | None:
-        return next((i for i in map(self.inner.token_to_id, contents) if i is not None), None)
-
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self.inner.decode(ids)
-
-
-Tokenizer = ByteTokenizer | JsonTokenizer
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a dataset or checkpoint folder: its tokenizer.json, or bytes."""
-    path = Path(folder) / "tokenizer.json"
-    return JsonTokenizer(path) if path.exists() else ByteTokenizer()

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from config import (ConfigError, DatasetConfig, EvaluationConfig, LearningDynamicsConfig, ModelConfig, UserError,
                     config_from_dict, load_config)
-from data import INDEX, TokenDataset, Tokenizer, load_tokenizer, read_index, to_device
+from data import INDEX, TokenDataset, read_index, to_device
 from hub.datasets import local_or_hub
 from hub.llama import load_decoder, resolve
+from hub.tokenizers import Tokenizer, load_tokenizer
 from instruments import blimp
 from runtime import dist, machine, signals
 from runtime.command import Parser, command

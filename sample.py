@@ -11,8 +11,8 @@ import argparse
 import torch
 
 from config import UserError
-from data import load_tokenizer
 from hub.llama import load_decoder, resolve
+from hub.tokenizers import load_tokenizer
 from runtime import machine
 from runtime.command import Parser, command
 

@@ -1,80 +1,47 @@
 """Make, check and show datasets of token shards (data.py says what they look like).
 
-    python shards.py stdlib --out data/stdlib                      # Python's own library, as bytes; no network
-    python shards.py text book.txt more.jsonl --out data/books --tokenizer tokenizer.json
-    python shards.py parquet data/train-*.parquet --out data/dolma --tokenizer tokenizer.json
-    python shards.py download pico-lm/pretokenized-dolma --shards 0:8 --out data/dolma-8
-    python shards.py show data/dolma-8 --step 100 --batch-size 1024 # the very rows that an update trains on
-    python shards.py verify data/dolma-8
+    python shards.py stdlib --out corpora/stdlib                   # Python's own library, as bytes; no network
+    python shards.py text book.txt more.jsonl.gz folder --out corpora/books --tokenizer tokenizer.json
+    python shards.py parquet folder --out corpora/dolma --tokenizer tokenizer.json
+    python shards.py download pico-lm/pretokenized-dolma --shards 0:8 --out corpora/dolma-8
+    python shards.py show corpora/dolma-8 --step 100 --batch-size 1024 # the very rows that an update trains on
+    python shards.py verify corpora/dolma-8
+
+Documents are put end to end, each closed by the end of text, and cut into rows; the last 5 % of the rows become `val`, unless
+the files' names say splits, and the rows of each split are shuffled. hub/inputs.py says which files are read.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
 import hashlib
-import json
 import os
-import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from config import DatasetConfig
-from data import (INDEX, ByteTokenizer, DataError, TokenDataset, Tokenizer, load_tokenizer, read_index, shard_entry, token_dtype,
-                  write_index)
+from data import INDEX, DataError, TokenDataset, read_index, shard_entry, token_dtype, write_index
 from hub import datasets, streaming
-from hub.parquet import convert_parquet
-from runtime.command import Parser, command
-from runtime.files import require_room
+from hub.inputs import IDS, ROWS, TEXTS, Input, by_split, content_of, find_inputs
+from hub.packing import TokenFile, entropies, write_shards, write_split  # noqa: F401 (some are for importers)
+from hub.parquet import TOKENS, complete_sources, convert_parquet
+from hub.text import read_documents, read_tokens
+from hub.tokenizers import (TOKENIZER, ByteTokenizer, Tokenizer, check_tokenizer, describe_tokenizer, load_tokenizer,
+                            save_tokenizer)
+from runtime.command import Parser, command, number
+from runtime.errors import FULL
+from runtime.files import STAGING, NoRoom, fsync_folder, host_name, remove_tree, staging_name
+from runtime.log import log
 
-SHARD_ROWS = 20_480  # rows of a shard, as in the pretokenized Dolma
-SHUFFLE_SEED = 0  # of the rows of a made dataset; the training order is then the order on disk
-
-
-# ---- writing -------------------------------------------------------------------------------------------------
-
-def write_shards(folder: Path, rows: np.ndarray, vocab_size: int, source: str, **extra: Any) -> None:
-    """Write rows (N, row_length) as one split's folder of shards with its index."""
-    folder.mkdir(parents=True)
-    require_room(folder, rows.size * token_dtype(vocab_size).itemsize, str(folder))
-    shards = []
-    for start in range(0, len(rows), SHARD_ROWS):
-        path = folder / f"shard-{len(shards):05d}.npy"
-        np.save(path, rows[start:start + SHARD_ROWS].astype(token_dtype(vocab_size)))
-        shards.append(shard_entry(path, len(rows[start:start + SHARD_ROWS])))
-    write_index(folder, shards, rows.shape[1], vocab_size, source, **extra)
-
-
-def pack(documents: Iterable[list[int]], row_length: int, eos: int | None, vocab_size: int) -> np.ndarray:
-    """Documents end to end, each closed by `eos`, cut into rows (N, row_length); the last, short one is dropped."""
-    ending = [] if eos is None else [eos]
-    stream = np.concatenate([np.array([], dtype=token_dtype(vocab_size)),
-                             *(np.array(ids + ending, dtype=token_dtype(vocab_size)) for ids in documents)])
-    count = len(stream) // row_length
-    return stream[:count * row_length].reshape(count, row_length)
-
-
-def shuffled(rows: np.ndarray) -> np.ndarray:
-    return rows[np.random.default_rng(SHUFFLE_SEED).permutation(len(rows))]
-
-
-def entropies(rows: np.ndarray, vocab_size: int) -> dict[str, float]:
-    """Nats a token that a perfect unigram and a perfect bigram model of these rows would need."""
-    pairs = np.zeros(vocab_size * vocab_size, dtype=np.int64)
-    flat = rows[:, :-1].astype(np.int64) * vocab_size + rows[:, 1:]
-    pairs += np.bincount(flat.ravel(), minlength=len(pairs))
-    joint = _entropy(pairs)
-    first = _entropy(pairs.reshape(vocab_size, vocab_size).sum(1))
-    return {"unigram": _entropy(np.bincount(rows.ravel(), minlength=vocab_size)), "bigram": joint - first}
-
-
-def _entropy(counts: np.ndarray) -> float:
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
+OLMO_VOCABULARY = 50_304  # of the pretokenized Dolma's models
+ROW_LENGTH, VAL_SHARE = 2_049, 0.05  # of packed documents, by default
+STDLIB = "Python's standard library"
 
 
 # ---- sources -------------------------------------------------------------------------------------------------
@@ -82,78 +49,160 @@ def _entropy(counts: np.ndarray) -> float:
 def make_stdlib(out: Path, row_length: int) -> None:
     """The running interpreter's standard library as bytes; a stable hash of each path decides its split."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    texts: dict[str, list[list[int]]] = {"train": [], "val": []}
-    for path in tqdm(sorted(root.rglob("*.py")), desc="reading the standard library", unit=" files"):
-        name = path.relative_to(root).as_posix()
-        if "site-packages" in name or "dist-packages" in name:
-            continue
-        content = path.read_bytes()
+    with contextlib.ExitStack() as stack:
+        tokens = {split: stack.enter_context(TokenFile(out / f".{split}", np.dtype(np.uint16))) for split in ("train", "val")}
+        for path in tqdm(sorted(root.rglob("*.py")), desc="reading the standard library", unit=" files"):
+            name = path.relative_to(root).as_posix()
+            if "site-packages" in name or "dist-packages" in name:
+                continue
+            content = path.read_bytes()
+            try:
+                content.decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            held_out = hashlib.sha256(name.encode()).digest()[0] < 16  # one file in 16
+            tokens["val" if held_out else "train"].add(np.frombuffer(content, np.uint8), [ByteTokenizer.eos])
+        for split, found in tokens.items():
+            write_split(out / split, found.rows(row_length), ByteTokenizer.vocab_size, STDLIB)
+
+
+def make_packed(out: Path, splits: dict[str, list[Input]], fill: Callable[[TokenFile, list[Input]], None], vocab_size: int,
+                row_length: int, val_share: float) -> None:
+    """Rows of what `fill` adds for each split; without a split `val` the last val_share of the rows of `train` become it."""
+    for split, inputs in splits.items():
+        with TokenFile(out / f".{split}", token_dtype(vocab_size)) as tokens:
+            fill(tokens, inputs)
+            rows, source = tokens.rows(row_length), names_of(inputs)
+            holds_out = val_share > 0 and split == "train" and "val" not in splits
+            held_out = max(1, round(len(rows) * val_share)) if holds_out else 0
+            if len(rows) <= held_out:
+                raise DataError(f"{', '.join(str(item.path) for item in inputs[:3])}: {len(rows)} rows of {row_length} tokens "
+                                f"are too few to train and hold out; give more text or a smaller --row-length")
+            if left := tokens.count - len(rows) * row_length:
+                log.info(f"{split}: the last {left} tokens, which fill no row, are left out")
+            end = len(rows) - held_out
+            write_split(out / split, rows.take(slice(end)), vocab_size, source)
+            if held_out:
+                write_split(out / "val", rows.take(slice(end, None)), vocab_size, source)
+
+
+def names_of(inputs: list[Input], most: int = 20) -> str:
+    names = ", ".join(item.path.name for item in inputs[:most])
+    return names if len(inputs) <= most else f"{names} and {len(inputs) - most:,} more"
+
+
+def make_rows(out: Path, splits: dict[str, list[Input]], column: str, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+    """Token rows as they are: a shard from each file, in order."""
+    for split, inputs in splits.items():
+        (out / split).mkdir()
+        shards, row_length = [], None
+        for item in tqdm(inputs, desc=f"converting {split}", unit=" files"):
+            target = out / split / f"shard-{len(shards):05d}.npy"
+            made = convert_parquet(item.path, target, vocab_size, column)
+            row_length = row_length or made.row_length
+            if row_length != made.row_length:
+                raise DataError(f"{item.path}: has rows of {made.row_length} ids, the files before it of {row_length}")
+            if tokenizer is not None:
+                check_tokenizer(tokenizer, vocab_size, int(np.load(target, mmap_mode="r").max()), str(item.path))
+            shards.append(shard_entry(target, made.rows, made.sources))
+        complete_sources(shards)
+        source = ", ".join(sorted({item.path.parent.name for item in inputs}))
+        write_index(out / split, shards, row_length, vocab_size, source)
+
+
+def make_files(out: Path, args: argparse.Namespace) -> None:
+    """A dataset from what a person has: token rows as they are, texts through the tokenizer."""
+    column = args.column or (TOKENS if args.command == "parquet" else "text")
+    inputs = find_inputs(args.files, column)
+    kinds = {content_of(item, column) for item in inputs}
+    if len(kinds) > 1:
+        raise DataError(f"{args.files[0]}: {' and '.join(sorted(kinds))} do not go into one dataset; make one of each")
+    kind = kinds.pop()
+    if kind == TEXTS and args.command == "parquet" and (other := next((item for item in inputs if item.kind != "table"), None)):
+        raise DataError(f"{other.path}: is no parquet file; use shards.py text")
+    splits = by_split(inputs, args.subset, args.split, only_named=args.command == "parquet" or kind != TEXTS)
+    unknown = kind != TEXTS and not args.tokenizer
+    for name, idle in (("row_length", kind == ROWS), ("val_share", kind == ROWS or "val" in splits), ("eos", unknown),
+                       ("special_tokens", unknown)):
+        if idle and getattr(args, name) is not None:
+            raise DataError(f"--{name.replace('_', '-')}: does nothing for {kind}{' with a split val' * ('val' in splits)}"
+                            f"{' of no --tokenizer' * unknown}; leave it out")
+    tokenizer = None if unknown else tokenizer_of(out, args)
+    vocab_size = args.vocab_size or (tokenizer.vocab_size if tokenizer else OLMO_VOCABULARY if kind == ROWS else None)
+    if vocab_size is None:
+        raise DataError(f"{inputs[0].path}: does not say of which vocabulary it is; give its --tokenizer, or the --vocab-size")
+    if tokenizer and vocab_size < tokenizer.vocab_size:
+        raise DataError(f"--vocab-size: {vocab_size} is below the tokenizer's {tokenizer.vocab_size}")
+    if kind == ROWS:
+        make_rows(out, splits, column, vocab_size, tokenizer)
+        return
+
+    def fill(tokens: TokenFile, found: list[Input]) -> None:
+        if kind == TEXTS:
+            tokens.add_documents(read_documents(found, column), tokenizer)
+        for item in found if kind == IDS else []:
+            for ids in read_tokens(item.path, tokenizer.vocab_size if tokenizer else vocab_size):
+                tokens.add(ids)
+    val_share = VAL_SHARE if args.val_share is None else args.val_share
+    make_packed(out, splits, fill, vocab_size, args.row_length or ROW_LENGTH, val_share)
+
+
+def tokenizer_of(out: Path, args: argparse.Namespace) -> Tokenizer:
+    """The tokenizer that was asked for, or bytes; said, and kept with the dataset."""
+    if args.tokenizer and not (args.tokenizer / TOKENIZER if args.tokenizer.is_dir() else args.tokenizer).is_file():
+        raise DataError(f"{args.tokenizer}: no such tokenizer.json")
+    split_special = None if args.special_tokens is None else args.special_tokens == "text"
+    tokenizer = load_tokenizer(args.tokenizer or out, args.eos, split_special)
+    log.info(f"tokenizer: {tokenizer.path}, {describe_tokenizer(tokenizer)}")
+    save_tokenizer(tokenizer, out)
+    return tokenizer
+
+
+def make(out: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` make a dataset beside its final name, and rename it when all of it is on the disk."""
+    if out.exists():
+        raise DataError(f"{out}: is already there; choose another --out, or delete it first")
+    staged = out.with_name(staging_name(out.name))
+    try:
+        remove_leftovers(out)
+        staged.mkdir(parents=True)
+        write(staged)
+        for folder in (*(path for path in staged.iterdir() if path.is_dir()), staged):
+            fsync_folder(folder)
+        os.rename(staged, out)
+    except OSError as error:
+        why = "another process has made it meanwhile" if out.is_dir() else f"cannot be made ({error.strerror or error})"
+        raise (NoRoom if error.errno in FULL else DataError)(f"{out}: {why}") from None
+    finally:
+        remove_tree(staged)
+    with contextlib.suppress(OSError):  # it is there all the same
+        fsync_folder(out.parent)
+
+
+def remove_leftovers(out: Path) -> None:
+    """What a killed process of this machine left half made."""
+    for leftover in [] if os.name != "posix" else out.parent.glob(f"{STAGING}{glob.escape(out.name)}@{host_name()}-*"):
         try:
-            content.decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        held_out = hashlib.sha256(name.encode()).digest()[0] < 16  # one file in 16
-        texts["val" if held_out else "train"].append(list(content))
-    for split, documents in texts.items():
-        rows = pack(documents, row_length, ByteTokenizer.eos, ByteTokenizer.vocab_size)
-        write_shards(out / split, shuffled(rows), ByteTokenizer.vocab_size, "Python's standard library",
-                     entropy=entropies(rows, ByteTokenizer.vocab_size))
+            os.kill(int(leftover.name.rpartition("-")[2]), 0)  # asks only whether it lives
+        except ProcessLookupError:
+            remove_tree(leftover)
+        except (OSError, ValueError):
+            pass
 
 
-def read_documents(files: list[Path]) -> Iterator[str]:
-    """A text file is a document; in a .jsonl file each line's "text" is one."""
-    for path in files:
-        try:
-            if path.suffix == ".jsonl":
-                with open(path, encoding="utf-8") as lines:
-                    for number, line in enumerate(lines, 1):
-                        if line.strip():
-                            yield _text_of(json.loads(line), path, number)
-            else:
-                yield path.read_bytes().decode("utf-8")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+def is_made(out: Path, row_length: int) -> bool:
+    """Whether the standard library is there, whole, in such rows. Raises DataError where a part of a dataset is."""
+    if not out.exists():
+        return False
+    try:
+        found = [TokenDataset(out, split) for split in ("train", "val")]
+        verify(out)
+    except DataError as error:
+        raise DataError(f"{out}: is already there, but not whole ({error}); choose another --out, or delete it first") from None
+    return all(split.index["source"] == STDLIB and split.row_length == row_length for split in found)
 
 
-def _text_of(record: Any, path: Path, number: int) -> str:
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise DataError(f'{path}: line {number} is not an object with a "text" of whole characters')
-    return text
-
-
-def make_text(out: Path, files: list[Path], tokenizer: Tokenizer, vocab_size: int, row_length: int,
-              val_share: float) -> None:
-    """Tokenized documents; the last val_share of the rows, before they are shuffled, become `val`."""
-    documents = (tokenizer.encode(text) for text in tqdm(read_documents(files), desc="tokenizing", unit=" documents"))
-    rows = pack(documents, row_length, tokenizer.eos, vocab_size)
-    held_out = max(1, round(len(rows) * val_share)) if val_share else 0
-    if len(rows) <= held_out:
-        raise DataError(f"{', '.join(map(str, files))}: {len(rows)} rows of {row_length} tokens are too few to train "
-                        f"and hold out; give more text or a smaller --row-length")
-    source = ", ".join(path.name for path in files)
-    small = vocab_size <= 1024
-    for split, part in (("train", rows[:len(rows) - held_out]), ("val", rows[len(rows) - held_out:])):
-        if len(part):
-            extra = {"entropy": entropies(part, vocab_size)} if small else {}
-            write_shards(out / split, shuffled(part), vocab_size, source, **extra)
-
-
-def make_parquet(out: Path, files: list[Path], vocab_size: int) -> None:
-    """A shard from each file; files named val-... go to the split val, all others to train."""
-    shards: dict[str, list[dict]] = {}
-    row_lengths: dict[str, int] = {}
-    for path in tqdm(files, desc="converting", unit=" files"):
-        split = "val" if path.name.startswith("val-") else "train"
-        (out / split).mkdir(parents=True, exist_ok=True)
-        target = out / split / f"shard-{len(shards.setdefault(split, [])):05d}.npy"
-        made = convert_parquet(path, target, vocab_size)
-        if row_lengths.setdefault(split, made.row_length) != made.row_length:
-            raise DataError(f"{path}: has rows of {made.row_length} ids, the files before it of {row_lengths[split]}")
-        shards[split].append(shard_entry(target, made.rows, made.sources))
-    for split, entries in shards.items():
-        write_index(out / split, entries, row_lengths[split], vocab_size, ", ".join(sorted({f.parent.name for f in files})))
-
+# ---- looking -------------------------------------------------------------------------------------------------
 
 def verify(folder: Path) -> int:
     """Check every shard below `folder` against its index, checksums and ids included; returns the rows read."""
@@ -163,133 +212,38 @@ def verify(folder: Path) -> int:
     total = 0
     for split in splits:
         dataset = TokenDataset(split.parent, split.name)
-        for number, entry in enumerate(tqdm(dataset.index["shards"], desc=f"verifying {split}", unit=" shards")):
-            dataset.shard(number)  # compares the checksum
-            dataset.rows(int(dataset.starts[number]), entry["rows"])
+        for i, entry in enumerate(tqdm(dataset.index["shards"], desc=f"verifying {split}", unit=" shards")):
+            dataset.shard(i)  # compares the checksum
+            dataset.rows(int(dataset.starts[i]), entry["rows"])
         total += len(dataset)
     return total
 
 
-# ---- the command -----------------------------------------------------------------------------------------------
-
 def show(args: argparse.Namespace) -> None:
     """Print the rows of one update, decoded: all of them, or one rank's micro-batches."""
-    for name, value, least in (("batch-size", args.batch_size, 1), ("world", args.world, 1), ("step", args.step, 0),
-                               ("width", args.width, 1), ("micro-batch-size", args.micro_batch_size or 1, 1)):
-        if value < least:
-            raise DataError(f"--{name}: {value} must be at least {least}")
-    if args.rank is not None and not 0 <= args.rank < args.world:
+    if args.rank is not None and args.rank >= args.world:
         raise DataError(f"--rank: {args.rank} is none of {args.world} ranks; give --world too")
     cfg = DatasetConfig(name=args.dataset, prefetch_shards=0, revision=args.revision)
     if Path(args.dataset).exists():
         dataset = TokenDataset(args.dataset)
     else:
-        dataset = streaming.StreamedDataset(datasets.find(args.dataset, "train", cfg), cfg, args.vocab_size or 50304,
-                                         args.batch_size)
+        dataset = streaming.StreamedDataset(datasets.find(args.dataset, "train", cfg), cfg, args.vocab_size, args.batch_size)
         dataset.advance(args.step)
     micro = args.micro_batch_size or max(1, args.batch_size // args.world)
     if args.batch_size % (micro * args.world):
         raise DataError(f"--micro-batch-size: {micro} rows x {args.world} ranks do not divide {args.batch_size}")
     rows = dataset.batch(args.step, args.batch_size)
     tokenizer = load_tokenizer(dataset.folder.parent)
+    fits = rows.max() < tokenizer.vocab_size <= dataset.vocab_size
     print(f"{dataset.folder}, fingerprint {dataset.fingerprint}: update {args.step + 1} trains on rows "
           f"{args.step * args.batch_size:,} to {(args.step + 1) * args.batch_size - 1:,}, epoch "
           f"{dataset.epoch(args.step, args.batch_size) + 1}")
-    for number, row in enumerate(rows):
-        index = number // micro  # of the micro-batch in the global batch
+    for number_in_batch, row in enumerate(rows):
+        index = number_in_batch // micro  # of the micro-batch in the global batch
         if args.rank in (None, index % args.world):
-            text = tokenizer.decode(row.tolist()) if tokenizer.vocab_size >= 0.9 * dataset.vocab_size else row.tolist()
-            print(f"row {args.step * args.batch_size + number}, rank {index % args.world}: {text!r}"[:args.width])
+            text = tokenizer.decode(row.tolist()) if fits else row.tolist()
+            print(f"row {args.step * args.batch_size + number_in_batch}, rank {index % args.world}: {text!r}"[:args.width])
     dataset.close()
-
-
-def parse() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    stdlib = commands.add_parser("stdlib", help="the interpreter's standard library, as bytes")
-    text = commands.add_parser("text", help="text and jsonl files")
-    parquet = commands.add_parser("parquet", help="files in the layout of pretokenized-dolma")
-    for made in (stdlib, text, parquet):
-        made.add_argument("--out", type=Path, required=True, help="the dataset's folder, such as data/NAME")
-    for reader in (text, parquet):
-        reader.add_argument("files", type=Path, nargs="+", help="in the order of the rows")
-        reader.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or its folder, to use and keep; none: bytes")
-        reader.add_argument("--vocab-size", type=int, help="the model's (default: 50304 for parquet, else the tokenizer's)")
-    for packed, length in ((stdlib, 129), (text, 2049)):
-        packed.add_argument("--row-length", type=int, default=length,
-                            help=f"max_seq_len + 1 of the model to train (default: {length})")
-    text.add_argument("--val-share", type=float, default=0.05, help="share of the rows held out (default: 0.05)")
-    fetched = commands.add_parser("download", help="shards of a Hub dataset into a folder of your own")
-    fetched.add_argument("name", help="owner/name on the Hub")
-    fetched.add_argument("--shards", default="0:1", help="first:end, such as 0:8 (default: 0:1)")
-    fetched.add_argument("--split", default="train", help="of the files SPLIT-NNNNN-of-NNNNN.parquet (default: train)")
-    fetched.add_argument("--out", type=Path, required=True)
-    fetched.add_argument("--tokenizer", default="allenai/OLMo-7B-0724-hf", help="a folder or Hub model with tokenizer.json")
-    shown = commands.add_parser("show", help="the rows that an update trains on, decoded")
-    shown.add_argument("dataset", help="a dataset folder, or owner/name on the Hub")
-    shown.add_argument("--step", type=int, required=True, help="updates before it: 0 is the first")
-    shown.add_argument("--batch-size", type=int, default=1024, help="global batch size (default: 1024)")
-    shown.add_argument("--rank", type=int, help="only this rank's rows")
-    shown.add_argument("--world", type=int, default=1, help="number of ranks (default: 1)")
-    shown.add_argument("--micro-batch-size", type=int, help="rows a forward (default: batch size / world)")
-    shown.add_argument("--width", type=int, default=200, help="characters a row (default: 200)")
-    for remote in (fetched, shown):
-        remote.add_argument("--vocab-size", type=int, help="ids must be below (default: 50304)")
-        remote.add_argument("--revision", help="a commit or branch (default: main)")
-    commands.add_parser("verify", help="check every shard of a dataset").add_argument("folder", type=Path)
-    return parser.parse_args()
-
-
-def make(args: argparse.Namespace) -> None:
-    """Make the dataset beside its final name, then rename it."""
-    if args.out.exists():
-        raise DataError(f"{args.out}: is already there; choose another --out, or delete it first")
-    if getattr(args, "row_length", 2) < 2:
-        raise DataError(f"--row-length: {args.row_length} is too short; a row holds at least one input and its label")
-    if not 0 < (getattr(args, "vocab_size", None) or 1) < 2 ** 31:
-        raise DataError(f"--vocab-size: {args.vocab_size} is not from 1 to {2 ** 31 - 1}")
-    if not 0 <= getattr(args, "val_share", 0) < 1:
-        raise DataError(f"--val-share: {args.val_share} is not a share from 0 up to, but not including, 1")
-    staged = args.out.with_name(f".staging-{args.out.name}")
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        if getattr(args, "tokenizer", None) is not None:
-            given = args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer
-            if not given.is_file():
-                raise DataError(f"{given}: no such tokenizer.json")
-            shutil.copy(given, staged / "tokenizer.json")
-        tokenizer = load_tokenizer(staged)
-        if args.command == "text" and (args.vocab_size or tokenizer.vocab_size) < tokenizer.vocab_size:
-            raise DataError(f"--vocab-size: {args.vocab_size} is below the tokenizer's {tokenizer.vocab_size}")
-        if args.command == "stdlib":
-            make_stdlib(staged, args.row_length)
-        elif args.command == "text":
-            make_text(staged, args.files, tokenizer, args.vocab_size or tokenizer.vocab_size, args.row_length,
-                      args.val_share)
-        else:
-            make_parquet(staged, args.files, args.vocab_size or 50304)
-        os.rename(staged, args.out)
-    except OSError as error:
-        raise DataError(f"{args.out}: cannot be made ({error})") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def fetch_dataset(args: argparse.Namespace) -> None:
-    cfg = DatasetConfig(name=args.name, revision=args.revision)
-    source = datasets.find(args.name, args.split, cfg)
-    first, _, end = args.shards.partition(":")
-    if not (first.isdigit() and end.isdigit() and int(first) < int(end) <= len(source.files)):
-        raise DataError(f"--shards: {args.shards!r} is not first:end within 0:{len(source.files)}")
-    if (args.out / args.split).exists():
-        raise DataError(f"{args.out / args.split}: is already there; choose another --out, or delete it first")
-    datasets.download(source, range(int(first), int(end)), args.out, cfg, args.vocab_size or 50304)
-    datasets.fetch_tokenizer(args.tokenizer, args.out)
-
-
-def made_with(folder: Path) -> int | None:
-    return read_index(folder / "train")["row_length"] if (folder / "train" / INDEX).exists() else None
 
 
 def describe(folder: Path) -> None:
@@ -303,6 +257,62 @@ def describe(folder: Path) -> None:
                   f"bigram {index['entropy']['bigram']:.2f}")
 
 
+# ---- the command -----------------------------------------------------------------------------------------------
+
+def parse() -> argparse.Namespace:
+    parser, count, length = Parser(__doc__), number(int, 1, 2 ** 31 - 1), number(int, 2, 2 ** 24)
+    commands = parser.add_subparsers(dest="command", required=True)
+    stdlib = commands.add_parser("stdlib", help="the interpreter's standard library, as bytes")
+    text = commands.add_parser("text", help="text, JSON, CSV, parquet with texts; files or folders")
+    parquet = commands.add_parser("parquet", help="tables of token rows, such as pretokenized-dolma, or of texts")
+    stdlib.add_argument("--row-length", type=length, default=129, help="max_seq_len + 1 of the model (default: 129)")
+    for made in (stdlib, text, parquet):
+        made.add_argument("--out", type=Path, required=True, help="the dataset's folder, such as corpora/NAME")
+    for reader in (text, parquet):
+        reader.add_argument("files", type=Path, nargs="+", help="files in the order of the rows, or folders of them")
+        reader.add_argument("--column", "--text-column", help="of JSON, CSV and tables (default: text; of parquet: input_ids)")
+        reader.add_argument("--split", help="only files of this split (where no name tells it, those without); all: train on all")
+        reader.add_argument("--subset", help="only files of this subset, such as gpt2/train-00000-of-00001.parquet's gpt2")
+        reader.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or its folder, to use and keep; none: bytes")
+        reader.add_argument("--eos", help="the token that ends a text (default: what the tokenizer's files say; '': none)")
+        reader.add_argument("--special-tokens", choices=["ids", "text"],
+                            help="what <|endoftext|> and the like are where a text spells them out (default: ids)")
+        reader.add_argument("--vocab-size", type=count, help="the model's (default: the tokenizer's, or 50304 for token rows)")
+        reader.add_argument("--row-length", type=length, help="max_seq_len + 1 of the model (default: 2049)")
+        reader.add_argument("--val-share", type=number(float, 0, 0.99), help="share of the rows held out (default: 0.05)")
+    fetched = commands.add_parser("download", help="shards of a Hub dataset into a folder of your own")
+    fetched.add_argument("name", help="owner/name on the Hub")
+    fetched.add_argument("--shards", default="0:1", help="first:end, such as 0:8 (default: 0:1)")
+    fetched.add_argument("--split", default="train", help="of the files SPLIT-NNNNN-of-NNNNN.parquet (default: train)")
+    fetched.add_argument("--out", type=Path, required=True)
+    fetched.add_argument("--tokenizer", default="allenai/OLMo-7B-0724-hf", help="a folder or Hub model with tokenizer.json")
+    shown = commands.add_parser("show", help="the rows that an update trains on, decoded")
+    shown.add_argument("dataset", help="a dataset folder, or owner/name on the Hub")
+    shown.add_argument("--step", type=number(int, 0, 2 ** 40), required=True, help="updates before it: 0 is the first")
+    shown.add_argument("--batch-size", type=count, default=1024, help="global batch size (default: 1024)")
+    shown.add_argument("--rank", type=number(int, 0, 2 ** 20), help="only this rank's rows")
+    shown.add_argument("--world", type=count, default=1, help="number of ranks (default: 1)")
+    shown.add_argument("--micro-batch-size", type=count, help="rows a forward (default: batch size / world)")
+    shown.add_argument("--width", type=count, default=200, help="characters a row (default: 200)")
+    for remote in (fetched, shown):
+        remote.add_argument("--vocab-size", type=count, default=OLMO_VOCABULARY, help="ids must be below (default: 50304)")
+        remote.add_argument("--revision", help="a commit or branch (default: main)")
+    commands.add_parser("verify", help="check every shard of a dataset").add_argument("folder", type=Path)
+    return parser.parse_args()
+
+
+def fetch_dataset(args: argparse.Namespace) -> None:
+    cfg = DatasetConfig(name=args.name, revision=args.revision)
+    source = datasets.find(args.name, args.split, cfg)
+    first, _, end = args.shards.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end) <= len(source.files)):
+        raise DataError(f"--shards: {args.shards!r} is not first:end within 0:{len(source.files)}")
+    if (args.out / args.split).exists():
+        raise DataError(f"{args.out / args.split}: is already there; choose another --out, or delete it first")
+    datasets.download(source, range(int(first), int(end)), args.out, cfg, args.vocab_size)
+    datasets.fetch_tokenizer(args.tokenizer, args.out)
+
+
 def main() -> None:
     args = parse()
     if args.command == "verify":
@@ -312,10 +322,12 @@ def main() -> None:
         return show(args)
     if args.command == "download":
         fetch_dataset(args)
-    elif args.command == "stdlib" and args.out.exists() and made_with(args.out) == args.row_length:
+    elif args.command != "stdlib":
+        make(args.out, lambda staged: make_files(staged, args))
+    elif is_made(args.out, args.row_length):
         print(f"{args.out} is already there")
     else:
-        make(args)
+        make(args.out, lambda staged: make_stdlib(staged, args.row_length))
     describe(args.out)
 
 

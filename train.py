@@ -24,8 +24,8 @@ import checkpoint
 import config
 import evaluate
 from config import Config, UserError, load_config, to_dict
-from data import BatchLoader, DataError, TokenDataset, Tokenizer, load_tokenizer, to_device
-from hub import architecture, llama, streaming, uploads
+from data import BatchLoader, DataError, TokenDataset, to_device
+from hub import architecture, llama, streaming, tokenizers, uploads
 from instruments import faults, snapshots
 from model import PicoDecoder
 from optim import make_optimizers, set_learning_rate
@@ -61,7 +61,7 @@ class Services:
     """What a run has beside the algorithm."""
     folder: RunFolder
     dataset: TokenDataset
-    tokenizer: Tokenizer
+    tokenizer: tokenizers.Tokenizer
     tokenizer_folder: Path
     evaluators: dict[str, evaluate.Evaluator]
     val_rows: np.ndarray | None  # of the val snapshot
@@ -327,7 +327,7 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
     elif not notes:  # else its checkpoints are there, and are damaged
         folder.check_no_record(cfg.checkpointing.save_every_n_steps)
     dataset = streaming.open_dataset(cfg.data, cfg.model, saved["step"] if saved else 0, saved["data"] if saved else None)
-    tokenizer_folder, tokenizer = dataset.tokenizer_folder, load_tokenizer(dataset.tokenizer_folder)
+    tokenizer_folder, tokenizer = dataset.tokenizer_folder, tokenizers.load_tokenizer(dataset.tokenizer_folder)
     setting = evaluate.Setting(cfg.evaluation, cfg.data.dataset, cfg.model, dataset.folder.parent, tokenizer, device)
     evaluators, val_rows = evaluate.make_evaluators(setting), setting.snapshot_rows(dynamics) if dynamics else None
     weights = llama.starting_weights(cfg.training.start_from, cfg.model) if cfg.training.start_from and not saved else None

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 import model as model_code
 from checkpoint import CheckpointError, Writer, compare_states, tensor_bytes
 from config import ConfigError, ModelConfig, config_from_dict
-from data import END_OF_TEXT, ByteTokenizer, load_tokenizer
 from hub.architecture import llama_names, llama_shapes, llama_state, not_llama, skeleton
 from hub.folders import read_folder, resolve, write_safetensors
+from hub.tokenizers import END_OF_TEXT, ByteTokenizer, load_tokenizer, tokenizer_config
 from model import PicoDecoder
 from relora import has_adapters, relora_layers
 from runtime.files import HashingFile, sha256
@@ -91,10 +91,7 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
         "model.safetensors": Writer(weights, tensor_bytes(state)),
         "tokenizer.json": (Writer(lambda file: file.write(known.read_bytes())) if known.exists()
                            else as_json(byte_tokenizer_json())),
-        "tokenizer_config.json": as_json({
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"], "model_max_length": cfg.max_seq_len}
-            | {key: text for key, text in names.items() if text is not None}),
+        "tokenizer_config.json": as_json(tokenizer_config(tokenizer) | names | {"model_max_length": cfg.max_seq_len}),
     }
 
 
@@ -176,7 +173,7 @@ def untied(tensors: dict[str, Tensor], found: dict[str, Any], folder: Path) -> d
     if not found.get("tie_word_embeddings") or embedding is None:
         return tensors
     if not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
-        raise CheckpointError(f"{folder}: has tie_word_embeddings in config.json, and an lm_head.weight that is not its embedding")
+        raise CheckpointError(f"{folder}: has tie_word_embeddings in config.json, and an lm_head.weight of its own")
     log.info(f"{folder}: its embedding is its head too; here they are two tensors, equal now, which would train apart")
     return tensors | {"lm_head.weight": embedding}
 
@@ -216,7 +213,8 @@ def llama_model_config(found: dict[str, Any], folder: Path) -> ModelConfig:
         if text := next((key for key, value in tree.items() if isinstance(value, str)), None):
             raise ConfigError(f"{names.get(text, text)} is the text {tree[text]!r}")
         cfg = config_from_dict({"model": tree}).model
-        differing = what_differs(found, cfg) + ([f"two values of rope_theta, {min(theta)} and {max(theta)}"] if len(theta) > 1 else [])
+        differing = what_differs(found, cfg)
+        differing += [f"two values of rope_theta, {min(theta)} and {max(theta)}"] if len(theta) > 1 else []
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{folder}: config.json is not of a plain Llama ({error})") from None
     if differing:

@@ -1,80 +1,241 @@
-"""Reads parquet files of token rows, the layout of pico-lm/pretokenized-dolma and -paloma: a column input_ids."""
+"""Tables as people have them: parquet and Arrow files of token rows or of texts, and which split a file's name says.
+
+Token rows have the layout of pico-lm/pretokenized-dolma and -paloma: a column of lists, input_ids.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from data import DataError, token_dtype
 from runtime.files import require_room, reserve
+from runtime.log import node_log
 
+TOKENS = "input_ids"
+NO_SOURCE = "unknown"  # of a row, beside others that name theirs
+SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val",
+          "test": "test"}
+ENDINGS = r"(?:\.(?:txt|text|raw|tokens|jsonl?|ndjson|csv|tsv|parquet|arrow|bin|gz|zst|zstd))*"
+BATCH_ROWS = 1024
+
+
+# ---- names -----------------------------------------------------------------------------------------------------
+
+def split_of(path: str | PurePath, splits: Mapping[str, str] = SPLITS) -> tuple[str, str] | None:
+    """(subset, split) that a path in a repository says, as the Hub and `datasets` write them; None where it says none.
+
+    train-00000-of-00002.parquet, data/validation-00000-of-00001-0123456789abcdef.parquet, gpt2/train-00000-of-00009.parquet
+    (subset gpt2), default/test/0000.parquet, c4-train.00000-of-01024.json.gz (subset c4), wiki.valid.tokens. `splits`
+    are the words and what each stands for: train, val or test.
+    """
+    *folders, name = PurePath(path).parts
+    words = "|".join(map(re.escape, sorted(splits, key=len, reverse=True)))
+    found = re.fullmatch(rf"(?:(.+?)[-_.])?({words})(?:[-_.]\d+(?:-of-\d+)?(?:-[0-9a-f]{{8,}})?)?{ENDINGS}", name, re.IGNORECASE)
+    if found is None and folders and folders[-1].lower() in splits:
+        prefix, word = None, folders.pop()
+    elif found is None:
+        return None
+    else:
+        prefix, word = found.groups()
+    subset = "/".join([*(folder for folder in folders if folder != "data"), *([prefix] if prefix else [])])
+    return subset or "default", splits[word.lower()]
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+class Table(NamedTuple):
+    """An open parquet or Arrow file; batches(columns, rows at once) reads it."""
+    path: Path
+    schema: Any
+    rows: int
+    batches: Callable[[list[str], int], Iterator[Any]]
+
+    def kind_of(self, column: str) -> str:
+        """What a column holds: "tokens" or "text". Raises DataError that lists the columns."""
+        import pyarrow.types as types
+        kinds = {}
+        for field in self.schema:
+            inner = getattr(field.type, "value_type", None)
+            plain = inner if types.is_dictionary(field.type) else field.type
+            if types.is_string(plain) or types.is_large_string(plain):
+                kinds[field.name] = "text"
+            elif plain is not inner and inner is not None and types.is_integer(inner):
+                kinds[field.name] = "tokens"
+        if column not in self.schema.names:
+            usable = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none of token lists or of text"
+            raise DataError(f"{self.path}: has no column {column}; choose with --column: {usable}")
+        if column not in kinds:
+            raise DataError(f"{self.path}: {column} is {self.schema.field(column).type}, not lists of whole numbers, nor text")
+        return kinds[column]
+
+
+@contextlib.contextmanager
+def open_table(path: Path) -> Iterator[Table]:
+    """A parquet file, or an Arrow file or stream as `datasets` saves it. Raises DataError naming the file."""
+    import pyarrow.parquet as parquet
+    with contextlib.ExitStack() as stack:
+        with refusing(path):
+            file = stack.enter_context(open(path, "rb"))
+            table = stack.enter_context(parquet.ParquetFile(file)) if file.read(4) == b"PAR1" else None
+            schema = open_arrow(file)[0] if table is None else table.schema_arrow
+            rows = sum(map(len, open_arrow(file)[1])) if table is None else table.metadata.num_rows
+
+        def batches(columns: list[str], at_once: int) -> Iterator[Any]:
+            with refusing(path):
+                if table is not None:
+                    yield from table.iter_batches(at_once, columns=columns)
+                    return
+                for batch in open_arrow(file)[1]:
+                    for start in range(0, len(batch), at_once):
+                        yield batch.select(columns).slice(start, at_once)
+        yield Table(path, schema, rows, batches)
+
+
+def open_arrow(file: BinaryIO) -> tuple[Any, Iterator[Any]]:
+    """(schema, record batches) of an Arrow stream or file, from its beginning."""
+    import pyarrow as arrow
+    file.seek(0)
+    magic = file.read(6)
+    file.seek(0)
+    if magic != b"ARROW1":
+        stream = arrow.ipc.open_stream(file)
+        return stream.schema, iter(stream)
+    reader = arrow.ipc.open_file(file)
+    return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
+
+
+@contextlib.contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """What pyarrow raises becomes a DataError that names the file."""
+    import pyarrow as arrow
+    try:
+        yield
+    except (OSError, TypeError, arrow.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as parquet or Arrow ({' '.join(str(error).split())[:200]})") from None
+
+
+def decompressed(file: BinaryIO, codec: str) -> BinaryIO:
+    """A stream of what a "gzip" or "zstd" file holds, of one frame or several; Python has no zstd before 3.14."""
+    import pyarrow as arrow
+    return arrow.CompressedInputStream(arrow.PythonFile(file, "r"), codec)
+
+
+# ---- token rows ------------------------------------------------------------------------------------------------------
 
 class Converted(NamedTuple):
-    """What one parquet file held."""
+    """What one file held."""
     rows: int
     row_length: int
     sources: list[str] | None  # of each row, where the file has a column `source`, as Paloma's do
 
 
-def convert_parquet(path: Path, target: Path, vocab_size: int) -> Converted:
-    """Write the `input_ids` of a parquet file as one shard.
+def convert_parquet(path: Path, target: Path, vocab_size: int, column: str = TOKENS) -> Converted:
+    """Write the token rows of a parquet or Arrow file as one shard, synced.
 
     Takes int32 and int64 lists, large and fixed-size lists, any number of row groups, and holds one batch of rows
-    at a time. Raises DataError naming file, row and reason.
+    at a time. A last row that is shorter than the others is left out, and said. Raises DataError naming file, row and
+    reason.
     """
-    import pyarrow as arrow
+    dtype = token_dtype(vocab_size)
+    with open_table(path) as table:
+        if table.rows == 0 or table.kind_of(column) != "tokens":
+            raise DataError(f"{path}: has no rows with a column {column} of token ids")
+        out, done, row_length, total = None, 0, 0, table.rows
+        for batch in table.batches([column], BATCH_ROWS):
+            ids, lengths = token_lists(batch.column(0), path, done)
+            if out is None:
+                row_length = int(lengths[0])
+                if row_length < 2:
+                    raise DataError(f"{path}: row 0 has {row_length} ids; a row holds an input and its label at least")
+                require_room(target, total * row_length * dtype.itemsize, str(path))
+                out = np.lib.format.open_memmap(target, "w+", dtype, (total, row_length))
+                reserve(target, str(path))
+            if done + len(lengths) == total and total > 1 and lengths[-1] < row_length:
+                node_log.info(f"{path}: its last row, of {lengths[-1]} ids where the others have {row_length}, is left out")
+                ids, lengths, total = ids[:len(ids) - lengths[-1]], lengths[:-1], total - 1
+            if (wrong := lengths != row_length).any():
+                bad = int(np.argmax(wrong))
+                raise DataError(f"{path}: row {done + bad} has {lengths[bad]} ids, the first has {row_length}")
+            if not len(ids):
+                break
+            ids = ids.reshape(len(lengths), row_length)
+            if ids.min() < 0 or ids.max() >= vocab_size:
+                bad = int(np.argmax(((ids < 0) | (ids >= vocab_size)).any(axis=1)))
+                raise DataError(f"{path}: row {done + bad} holds ids from {ids[bad].min()} to {ids[bad].max()}, "
+                                f"outside the vocabulary of {vocab_size}")
+            out[done:done + len(ids)] = ids
+            done += len(ids)
+        out.flush()
+        sources = sources_of(table, path)
+    with open(target, "r+b") as file:  # numpy pads the header, so that a number of rows can be changed
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": (total, row_length)})
+        file.truncate(file.tell() + total * row_length * dtype.itemsize)
+        os.fsync(file.fileno())
+    return Converted(total, row_length, sources and sources[:total])
+
+
+def token_lists(column: Any, path: Path, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """(all ids, the length of each row) of a batch whose first row is number `first`."""
     import pyarrow.compute as compute
-    import pyarrow.parquet as parquet
-    try:
-        with parquet.ParquetFile(path) as file:
-            total, names = file.metadata.num_rows, file.schema_arrow.names
-            if "input_ids" not in names or total == 0:
-                raise DataError(f"{path}: has no rows with a column input_ids")
-            out, done, row_length = None, 0, 0
-            for batch in file.iter_batches(batch_size=1024, columns=["input_ids"]):
-                column = batch.column(0)
-                if not arrow.types.is_integer(getattr(column.type, "value_type", arrow.null())):
-                    raise DataError(f"{path}: input_ids is {column.type}, not lists of whole numbers")
-                if column.null_count or column.flatten().null_count:
-                    bad = next(i for i, row in enumerate(column.to_pylist()) if row is None or None in row)
-                    raise DataError(f"{path}: row {done + bad} is or holds a null")
-                lengths = compute.list_value_length(column).to_numpy()
-                if out is None:
-                    row_length = int(lengths[0])
-                    if row_length < 2:
-                        raise DataError(f"{path}: row 0 has {row_length} ids; a row holds an input and its label at least")
-                    dtype = token_dtype(vocab_size)
-                    require_room(target, total * row_length * dtype.itemsize, str(path))
-                    out = np.lib.format.open_memmap(target, "w+", dtype, (total, row_length))
-                    reserve(target, str(path))
-                if (wrong := lengths != row_length).any():
-                    bad = int(np.argmax(wrong))
-                    raise DataError(f"{path}: row {done + bad} has {lengths[bad]} ids, the first has {row_length}")
-                ids = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), row_length)
-                if ids.min() < 0 or ids.max() >= vocab_size:
-                    bad = int(np.argmax(((ids < 0) | (ids >= vocab_size)).any(axis=1)))
-                    raise DataError(f"{path}: row {done + bad} holds ids from {ids[bad].min()} to {ids[bad].max()}, "
-                                    f"outside the vocabulary of {vocab_size}")
-                out[done:done + len(ids)] = ids
-                done += len(ids)
-            out.flush()
-            sources = file.read(columns=["source"]).column(0).to_pylist() if "source" in names else None
-    except (OSError, arrow.ArrowException, TypeError) as error:
-        raise DataError(f"{path}: not a parquet file of token rows ({error})") from None
-    return Converted(total, row_length, sources)
+    if column.null_count or column.flatten().null_count:
+        bad = next(i for i, row in enumerate(column.to_pylist()) if row is None or None in row)
+        raise DataError(f"{path}: row {first + bad} is or holds a null")
+    return column.flatten().to_numpy(zero_copy_only=False), compute.list_value_length(column).to_numpy()
+
+
+def sources_of(table: Table, path: Path) -> list[str] | None:
+    """Where each row is from, if the file says so in a column `source` of text."""
+    if "source" not in table.schema.names:
+        return None
+    sources = [source for batch in table.batches(["source"], BATCH_ROWS) for source in batch.column(0).to_pylist()]
+    if not all(isinstance(source, str) for source in sources if source is not None):
+        node_log.info(f"{path}: its column source holds no text and is left out")
+        return None
+    if missing := sources.count(None):
+        node_log.info(f"{path}: {missing} of {len(sources)} rows have no source; they are called {NO_SOURCE}")
+    return [NO_SOURCE if source is None else source for source in sources]
+
+
+def complete_sources(shards: list[dict[str, Any]]) -> None:
+    """Where some shards of a split say their rows' sources, have all say them: figures by source need every row's."""
+    silent = [shard for shard in shards if "sources" not in shard]
+    if silent and len(silent) < len(shards):
+        rows = sum(shard["rows"] for shard in silent)
+        node_log.info(f"{rows} rows in {len(silent)} of {len(shards)} files have no source; they are called {NO_SOURCE}")
+        for shard in silent:
+            shard["sources"] = [NO_SOURCE] * shard["rows"]
+
+
+# ---- texts and records -------------------------------------------------------------------------------------------------
+
+def read_texts(path: Path, column: str) -> Iterator[tuple[str | None, float]]:
+    """(text or null, share of the file's rows read) of each row."""
+    with open_table(path) as table:
+        if table.kind_of(column) != "text":
+            raise DataError(f"{path}: {column} holds token ids, not text; use shards.py parquet --column {column}")
+        done = 0
+        for batch in table.batches([column], BATCH_ROWS // 8):
+            for text in batch.column(0).to_pylist():
+                done += 1
+                yield text, done / table.rows
 
 
 def records(path: Path) -> list[dict]:
     """Every row of a small parquet file as a dict."""
-    import pyarrow.parquet as arrow_parquet
-    return arrow_parquet.read_table(path).to_pylist()
+    import pyarrow.parquet as parquet
+    return parquet.read_table(path).to_pylist()
 
 
 def write_rows(path: Path, rows: np.ndarray) -> None:
     """Token rows (N, row_length) as a parquet file in the layout that convert_parquet reads."""
     import pyarrow as arrow
-    import pyarrow.parquet as arrow_parquet
+    import pyarrow.parquet as parquet
     column = arrow.FixedSizeListArray.from_arrays(arrow.array(rows.astype(np.int32).ravel()), rows.shape[1])
-    arrow_parquet.write_table(arrow.table({"input_ids": column.cast(arrow.list_(arrow.int32()))}), path)
+    parquet.write_table(arrow.table({TOKENS: column.cast(arrow.list_(arrow.int32()))}), path)

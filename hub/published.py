@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from checkpoint import CheckpointError, compare_states, publish
 from config import ConfigError, DatasetConfig, ModelConfig, config_from_dict
-from data import ByteTokenizer, load_tokenizer
 from hub.architecture import TOP_NAMES, not_llama
 from hub.client import fetch_folder
 from hub.datasets import find_local
 from hub.folders import read_folder, read_json
 from hub.llama import OWN, as_float32, check_layers, load_plain, merged_state, writers
+from hub.tokenizers import ByteTokenizer, load_tokenizer
 from model import PicoDecoder
 from relora import ReLoRALinear, relora_layers
 from runtime.log import log

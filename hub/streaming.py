@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from config import ConfigError, DataConfig, DatasetConfig, ModelConfig, TokenizerConfig
-from data import ByteTokenizer, DamagedShard, DataError, TokenDataset, load_tokenizer, token_dtype
+from data import DamagedShard, DataError, TokenDataset, token_dtype
 from hub.datasets import Source, cache_folder, exists, fetch, fetch_tokenizer, find, locate, naming
 from hub.parquet import Converted
 from hub.shard_cache import ShardCache
+from hub.tokenizers import ByteTokenizer, load_tokenizer
 from runtime import dist
 from runtime.files import explain, host_name, process_name, staging_name
 from runtime.log import log, node_log

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import BlimpConfig, ConfigError, DatasetConfig
-from data import Tokenizer
 from hub import parquet
 from hub.client import fetch_folder
 from hub.datasets import find_local
+from hub.tokenizers import Tokenizer
 from runtime import dist
 from runtime.log import log
 

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, gather_state, read_manifest, step_folders
 from config import ConfigError, LearningDynamicsConfig
-from data import Tokenizer, to_device
+from data import to_device
+from hub.tokenizers import Tokenizer
 from relora import HEAD, ReLoRALinear
 from runtime import dist, signals
 from runtime.files import did_you_mean

@@ -14,14 +14,12 @@ import time
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lab
-from data import (BatchLoader, ByteTokenizer, DamagedShard, DataError, JsonTokenizer, TokenDataset, load_tokenizer, to_device,
-                  token_dtype)
+from data import BatchLoader, DamagedShard, DataError, TokenDataset, to_device, token_dtype
 from shards import write_shards
 
 SIZES = (5, 1, 7, 3)  # rows of the shards: 16 in all
@@ -369,53 +367,3 @@ def test_waiting_is_counted_once(folder):
         take(batches)
         assert 0 < batches.take_wait() <= time.perf_counter() - started
         assert batches.take_wait() == 0
-
-
-# ---- tokenizers ----------------------------------------------------------------------------------------------
-
-TEXTS = ["", "plain", "Gr\u00fc\u00dfe, \u4e16\u754c \U0001f30d\n\ttabs  and  spaces", "\0\x7f", "<|endoftext|"]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_bytes_round_trip_with_the_end_of_a_text_outside_of_them(tmp_path, text):
-    tokenizer = load_tokenizer(tmp_path)
-    assert isinstance(tokenizer, ByteTokenizer) and (tokenizer.vocab_size, tokenizer.eos) == (257, 256)
-    assert tokenizer.encode(text) == list(text.encode())
-    assert tokenizer.decode(tokenizer.encode(text) + [tokenizer.eos]) == text
-
-
-def test_bytes_that_are_no_text_decode_to_replacement_characters():
-    assert ByteTokenizer().decode([0x61, 0xFF, 256, 0x62]) == "a\ufffdb"
-
-
-def tiny_bpe(folder):
-    """A byte-level BPE whose special tokens come first, as the library numbers them: eos 0, pad 1."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False,
-                                             special_tokens=["<|endoftext|>", "<|padding|>"])
-    inner.train_from_iterator(["plain tabs and spaces"] * 9, trainer)
-    inner.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.mark.parametrize("source, expected", [("made", (270, 0, 1)), ("real", (50280, 50279, 1))])
-def test_a_tokenizer_json_round_trips_and_says_its_special_tokens(tmp_path, source, expected):
-    folder = tiny_bpe(tmp_path) if source == "made" else lab.SHARED / "tokenizer"
-    if not folder.exists():
-        pytest.skip("no real tokenizer here")
-    tokenizer = load_tokenizer(folder)
-    assert isinstance(tokenizer, JsonTokenizer) and (tokenizer.vocab_size, tokenizer.eos, tokenizer.pad) == expected
-    for text in TEXTS:
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text and all(0 <= i < expected[0] for i in ids)
-        assert tokenizer.eos not in ids
-
-
-@pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": 3}'])
-def test_a_broken_tokenizer_json_is_an_error_naming_it(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(DataError, match="tokenizer.json"):
-        load_tokenizer(tmp_path)

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 import lab
 from checkpoint import publish
 from config import BlimpConfig, ConfigError, ModelConfig, config_from_dict
-from data import TokenDataset, load_tokenizer
+from data import TokenDataset
 from evaluate import evaluate_blimp, row_losses, rows_metrics
 from fake_hub import Hub
 from hub.llama import load_decoder, writers
+from hub.tokenizers import load_tokenizer
 from instruments.blimp import Pair, load_pairs
 from model import PicoDecoder
 from relora import apply_relora, relora_layers

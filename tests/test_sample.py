@@ -7,7 +7,7 @@ import torch
 
 import lab
 from config import ModelConfig
-from data import ByteTokenizer
+from hub.tokenizers import ByteTokenizer
 from model import PicoDecoder
 from sample import stream_text
 

@@ -1,11 +1,14 @@
 """Making datasets: parquet against pyarrow, text against its own bytes, and makes that fail and leave nothing."""
 
 import collections
+import csv
 import hashlib
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -14,8 +17,12 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 import tokenizers
+import zoo
 
 import lab
+import shards
+from hub.tokenizers import load_tokenizer
+from runtime.files import STAGING, host_name
 from shards import entropies
 
 EOS = 256  # of bytes
@@ -53,9 +60,9 @@ def counted(rows):
     return collections.Counter(map(tuple, rows.tolist()))
 
 
-def cut(documents, row_length):
-    """Lists of ids end to end, each with EOS after it, in rows; what does not fill the last row is dropped."""
-    stream = np.concatenate([[*ids, EOS] for ids in documents])
+def cut(documents, row_length, eos=EOS):
+    """Lists of ids end to end, each with `eos` after it, in rows; what does not fill the last row is dropped."""
+    stream = np.concatenate([[*ids, *([] if eos is None else [eos])] for ids in documents])
     return stream[:len(stream) // row_length * row_length].reshape(-1, row_length)
 
 
@@ -85,7 +92,7 @@ def test_parquet_of_every_list_type_and_several_row_groups_becomes_a_shard(tmp_p
 def test_parquet_files_become_the_shards_of_their_split_in_the_order_given(tmp_path, source):
     files = sorted((lab.SHARED / source / "data").glob("*.parquet"), reverse=True)
     if source == "made":
-        names = ["train-1", "val-0", "train-0", "valley"]
+        names = ["train-1", "val-0", "train-0", "train-00000-of-00001-0123456789abcdef"]
         files = [write_parquet(tmp_path / f"{name}.parquet", [[n, 1, 2]] * (n + 1), source=[name] * (n + 1))
                  for n, name in enumerate(names)]
     elif not files:
@@ -99,6 +106,58 @@ def test_parquet_files_become_the_shards_of_their_split_in_the_order_given(tmp_p
             assert rows.tolist() == [ids for table in tables for ids in table["input_ids"].to_pylist()]
             assert [shard.get("sources") for shard in index["shards"]] == [
                 table["source"].to_pylist() if "source" in table.column_names else None for table in tables]
+
+
+def test_every_split_of_a_folder_has_its_own_and_what_no_name_tells_is_refused(tmp_path):
+    names = {"train": "default/train/0000", "val": "default/validation/0000", "test": "default/test/0000"}
+    for n, name in enumerate(names.values()):
+        (tmp_path / "repo" / name).parent.mkdir(parents=True)
+        write_parquet(tmp_path / "repo" / f"{name}.parquet", [[n, n]] * 3)
+    call(tmp_path, "parquet", tmp_path / "repo")
+    assert {split.name: read(split)[1].tolist() for split in (tmp_path / "out").iterdir()} == {
+        split: [[n, n]] * 3 for n, split in enumerate(names)}
+    call(tmp_path, "parquet", tmp_path / "repo", "--split", "validation", out="one")
+    assert [split.name for split in (tmp_path / "one").iterdir()] == ["val"]
+    write_parquet(tmp_path / "repo/valley.parquet", [[7, 7]])
+    assert "valley.parquet: its name tells no split" in refusal(tmp_path, "parquet", tmp_path / "repo", out="two")
+
+
+def test_a_null_source_and_files_without_any_give_a_dataset_whose_figures_are_of_the_right_rows(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [[1, 1]] * 2)
+    write_parquet(tmp_path / "train-1.parquet", [[2, 2]] * 2, source=["web", None])
+    printed = call(tmp_path, "parquet", tmp_path / "train-0.parquet", tmp_path / "train-1.parquet")
+    assert "1 of 2 rows have no source" in printed and "2 rows in 1 of 2 files have no source" in printed
+    assert [shard["sources"] for shard in read(tmp_path / "out/train")[0]["shards"]] == [["unknown"] * 2, ["web", "unknown"]]
+    assert "4 rows" in lab.call("shards.py", "verify", tmp_path / "out")
+
+
+def test_the_vocabulary_is_the_tokenizers_which_must_have_made_the_rows(tmp_path):
+    zoo.save("gpt2", tmp_path)
+    size = load_tokenizer(tmp_path).vocab_size
+    sound = write_parquet(tmp_path / "train-0.parquet", [[1, size - 1]])
+    call(tmp_path, "parquet", sound, "--tokenizer", tmp_path)
+    assert read(tmp_path / "out/train")[0]["vocab_size"] == size
+    call(tmp_path, "parquet", sound, "--tokenizer", tmp_path, "--vocab-size", 512, out="padded")
+    assert read(tmp_path / "padded/train")[0]["vocab_size"] == 512
+    assert "--vocab-size" in refusal(tmp_path, "parquet", sound, "--tokenizer", tmp_path, "--vocab-size", size - 1, out="small")
+    other = write_parquet(tmp_path / "train-1.parquet", [[1, size]])
+    assert "train-1.parquet" in refusal(tmp_path, "parquet", other, "--tokenizer", tmp_path, out="other")
+    assert "cannot have made" in refusal(tmp_path, "parquet", other, "--tokenizer", tmp_path, "--vocab-size", 512, out="other")
+
+
+def test_another_column_of_tokens_or_text_is_chosen(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [[1, 2, 3]] * 4, column="tokens", story=["once upon a time"] * 4)
+    message = refusal(tmp_path, "parquet", tmp_path / "train-0.parquet")
+    assert "no column input_ids; choose with --column: tokens (tokens), story (text)" in message
+    call(tmp_path, "parquet", tmp_path / "train-0.parquet", "--column", "tokens")
+    assert read(tmp_path / "out/train")[1].tolist() == [[1, 2, 3]] * 4
+    write_parquet(tmp_path / "validation-0.parquet", [[1]], column="tokens", story=["held out"] * 1)
+    call(tmp_path, "parquet", tmp_path / "train-0.parquet", tmp_path / "validation-0.parquet", "--column", "story",
+         "--row-length", 4, out="text")
+    for split, texts in (("train", ["once upon a time"] * 4), ("val", ["held out"])):
+        assert counted(read(tmp_path / "text" / split)[1]) == counted(cut([list(text.encode()) for text in texts], 4))
+    assert "--row-length" in refusal(tmp_path, "parquet", tmp_path / "train-0.parquet", "--column", "tokens", "--row-length", 4,
+                                     out="no")
 
 
 @pytest.mark.parametrize("bad, kind, reason", [
@@ -256,6 +315,99 @@ def test_an_impossible_option_is_refused(tmp_path, files, words, named):
     assert named in refusal(tmp_path, "text", *files, "--row-length", 4, *words)
 
 
+@pytest.mark.parametrize("name", ["trunc", "pad", "plain"])
+def test_a_tokenizer_that_cuts_or_pads_makes_the_rows_of_one_that_does_not(tmp_path, files, name):
+    made = zoo.gpt2()
+    expected = cut([made.encode(text).ids for text in TEXTS], 5, made.token_to_id(zoo.END))
+    {"trunc": lambda: made.enable_truncation(16), "pad": lambda: made.enable_padding(length=64), "plain": lambda: None}[name]()
+    made.save(str(tmp_path / f"{name}.json"))
+    printed = call(tmp_path, "text", *files, "--tokenizer", tmp_path / f"{name}.json", "--row-length", 5, "--val-share", 0)
+    assert counted(read(tmp_path / "out/train")[1]) == counted(expected)
+    assert f"end of text {zoo.END} (id {made.token_to_id(zoo.END)}, by its name)" in printed
+
+
+def test_an_unknown_end_of_text_is_refused_asked_for_or_done_without(tmp_path, files):
+    made = zoo.gpt2(end="<fin>")
+    made.save(str(tmp_path / "fin.json"))
+    how = ("text", *files, "--tokenizer", tmp_path / "fin.json", "--row-length", 5, "--val-share", 0)
+    message = refusal(tmp_path, *how)
+    assert "the documents would be joined" in message and "--eos" in message and "<fin>" in message
+    call(tmp_path, *how, "--eos", "<fin>")
+    kept = load_tokenizer(tmp_path / "out")
+    assert kept.text_of(kept.eos) == "<fin>" and kept.eos_source == "tokenizer_config.json"
+    assert counted(read(tmp_path / "out/train")[1]) == counted(cut([made.encode(text).ids for text in TEXTS], 5, kept.eos))
+    assert "no end of text" in call(tmp_path, *how, "--eos", "", out="joined")
+    assert counted(read(tmp_path / "joined/train")[1]) == counted(cut([made.encode(text).ids for text in TEXTS], 5, None))
+    assert "'<absent>'; its special tokens are: <fin>" in refusal(tmp_path, *how, "--eos", "<absent>", out="no")
+
+
+@pytest.mark.parametrize("how, count", [("ids", 3), ("text", 1)])
+def test_a_special_token_that_a_text_spells_out_is_what_was_chosen(tmp_path, how, count):
+    (tmp_path / "a.txt").write_text(f"one{zoo.END}two{zoo.END}three")
+    call(tmp_path, "text", tmp_path / "a.txt", "--row-length", 2, "--val-share", 0, "--special-tokens", how)
+    assert np.count_nonzero(read(tmp_path / "out/train")[1] == EOS) in (count, count - 1)  # the last may be in a short row
+    assert (load_tokenizer(tmp_path / "out").encode(zoo.END) == [EOS]) == (how == "ids")
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "zst", "folder", "upper"])
+def test_documents_in_every_form_give_the_same_rows(tmp_path, form):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    if form == "csv":
+        with open(sources / "a.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, quoting=csv.QUOTE_ALL).writerows([["text"], *([text] for text in TEXTS)])
+    elif form == "folder":
+        for n, text in enumerate(TEXTS):
+            (sources / f"{n}.txt").write_text(text, encoding="utf-8")
+    else:
+        content = arrow.Codec("zstd").compress(lines.encode(), asbytes=True) if form == "zst" else lines.encode()
+        (sources / {"json": "a.json", "zst": "a.jsonl.zst", "upper": "A.JSONL"}[form]).write_bytes(content)
+    call(tmp_path, "text", sources, "--row-length", 3, "--val-share", 0)
+    assert counted(read(tmp_path / "out/train")[1]) == counted(cut([list(text.encode()) for text in TEXTS], 3))
+
+
+def test_files_that_are_named_as_splits_are_these_splits(tmp_path):
+    for split in ("train", "valid"):
+        (tmp_path / f"Stories-{split}.txt").write_text(f"{split} " * 50)
+    call(tmp_path, "text", *tmp_path.glob("*.txt"), "--row-length", 10)
+    for split, name in (("train", "train"), ("val", "valid")):
+        assert counted(read(tmp_path / "out" / split)[1]) == counted(cut([list((f"{name} " * 50).encode())], 10))
+
+
+def test_nanogpts_tokens_are_rows_of_a_vocabulary_that_must_be_said(tmp_path):
+    ids = {split: np.random.default_rng(n).integers(300, size=1000).astype("<u2") for n, split in enumerate(("train", "val"))}
+    for split, some in ids.items():
+        some.tofile(tmp_path / f"{split}.bin")
+    files = [tmp_path / "train.bin", tmp_path / "val.bin"]
+    assert "--vocab-size" in refusal(tmp_path, "text", *files)
+    assert "outside the vocabulary of 299" in refusal(tmp_path, "text", *files, "--vocab-size", 299, "--row-length", 9)
+    assert "last 1 tokens, which fill no row, are left out" in call(tmp_path, "text", *files, "--vocab-size", 300,
+                                                                    "--row-length", 9)
+    for split, some in ids.items():
+        assert counted(read(tmp_path / "out" / split)[1]) == counted(some[:999].reshape(-1, 9))
+
+
+def test_a_large_text_takes_little_memory(tmp_path):
+    zoo.save("gpt2", tmp_path)
+    (tmp_path / "a.txt").write_bytes(zoo.TEXT.encode() * 30_000)  # 10 MB
+    script = tmp_path / "measured.py"
+    script.write_text("import resource\nimport shards\nfrom runtime.command import command\ntry:\n    command(shards.main)\n"
+                      "finally:\n    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n")
+    printed = lab.run(script, "text", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", tmp_path)
+    assert int(printed.split("peak ")[1].split()[0]) < 500
+
+
+@pytest.mark.parametrize("option", ["--row-length=4", "--val-share=0.1", "--eos=</s>", "--special-tokens=text"])
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, option):
+    rows = write_parquet(tmp_path / "train-0.parquet", [[1, 2]])
+    assert f"error: {option.partition('=')[0]}: does nothing" in refusal(tmp_path, "parquet", rows, option)
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("some text " * 50)
+    if option.startswith("--val"):
+        assert "does nothing for texts with a split val" in refusal(tmp_path, "text", *tmp_path.glob("*.txt"), option)
+
+
 # ---- nothing in the way, nothing left behind -----------------------------------------------------------------
 
 @pytest.mark.parametrize("out", ["c.md", "folder", "c.md/below"])
@@ -265,6 +417,66 @@ def test_an_out_that_is_there_or_cannot_be_is_refused_and_untouched(tmp_path, fi
     (tmp_path / "folder" / "mine.txt").write_text("mine")
     source = files[0] if command == "text" else write_parquet(tmp_path / "train-0.parquet", [[1, 2]])
     assert out.partition("/")[0] in refusal(tmp_path, command, source, out=out)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda out: (out / "val/shard-00000.npy").unlink(), lambda out: os.truncate(out / "train/shard-00000.npy", 99),
+    lambda out: shutil.rmtree(out / "val"), lambda out: shutil.rmtree(out) or out.mkdir()],
+                         ids="shard-missing shard-cut split-missing empty".split())
+def test_a_standard_library_that_is_not_whole_is_not_taken_for_one(stdlib, tmp_path, harm):
+    shutil.copytree(stdlib, tmp_path / "out")
+    harm(tmp_path / "out")
+    assert "already there, but not whole" in refusal(tmp_path, "stdlib")
+    assert "delete it first" in refusal(tmp_path, "stdlib", "--row-length", 100)
+
+
+def test_all_that_is_made_is_on_the_disk_before_it_has_its_name(tmp_path, files, monkeypatch):
+    synced, fsync, rename = set(), os.fsync, os.rename
+
+    def recorded(handle):
+        fsync(handle)
+        synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")))
+
+    def checked(source, target):
+        if Path(target) == tmp_path / "out":
+            whole = {*Path(source).rglob("*"), Path(source)}
+            small = {path for path in whole - synced if any(p.name.startswith(f".staging-{path.name}@") for p in synced)}
+            assert whole <= synced | small  # what was renamed once it was synced
+        rename(source, target)
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "rename", checked)
+    zoo.save("gpt2", tmp_path)
+    call(tmp_path, "text", *files, "--row-length", 8, "--tokenizer", tmp_path)
+    assert tmp_path in synced
+    call(tmp_path, "parquet", write_parquet(tmp_path / "train-0.parquet", [[1, 2]]), out="rows")
+    assert any(path.name == "shard-00000.npy" and path.parent.parent.name.startswith(".staging-rows") for path in synced)
+
+
+def test_what_is_made_is_no_failure_when_its_folder_cannot_be_synced(tmp_path, files, monkeypatch):
+    def failing(folder):
+        if folder == tmp_path:
+            raise OSError(5, "Input/output error")
+    monkeypatch.setattr(shards, "fsync_folder", failing)
+    assert "rows of 8 tokens" in call(tmp_path, "text", *files, "--row-length", 8)
+
+
+def test_of_two_that_make_the_same_one_says_that_it_is_there(tmp_path, files, monkeypatch):
+    def meanwhile(staged, args):
+        make_files(staged, args)
+        lab.forked("shards.py", "text", *files, "--row-length", 9, "--out", tmp_path / "out")
+    make_files = shards.make_files
+    monkeypatch.setattr(shards, "make_files", meanwhile)
+    assert "another process has made it meanwhile" in call(tmp_path, "text", *files, "--row-length", 8, code=2)
+    assert read(tmp_path / "out/train")[0]["row_length"] == 9 and not list(tmp_path.glob(".staging*"))
+
+
+def test_what_a_killed_make_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path, files):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    for pid in (killed.pid, os.getppid(), "x"):
+        (tmp_path / f"{STAGING}out@{host_name()}-{pid}").mkdir()
+    call(tmp_path, "text", *files, "--row-length", 8)
+    assert sorted(path.name.rpartition("-")[2] for path in tmp_path.glob(f"{STAGING}*")) == sorted([str(os.getppid()), "x"])
 
 
 def test_a_make_that_is_interrupted_leaves_nothing(tmp_path):

@@ -12,10 +12,11 @@ import pytest
 
 import lab
 from config import ConfigError, DataConfig, DatasetConfig, TokenizerConfig, UserError
-from data import DataError, JsonTokenizer, TokenDataset
+from data import DataError, TokenDataset
 from fake_hub import Hub, once
 from hub import datasets, streaming
 from hub.datasets import fetch_tokenizer, find_local, local_or_hub
+from hub.tokenizers import JsonTokenizer
 from shards import write_shards
 
 WHOLE = """

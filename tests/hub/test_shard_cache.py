@@ -27,7 +27,8 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from config import DatasetConfig
-from data import JsonTokenizer, TokenDataset
+from data import TokenDataset
+from hub.tokenizers import JsonTokenizer
 from hub import client, datasets, streaming
 from hub.shard_cache import ShardCache
 from runtime.command import command
