@@ -18,10 +18,9 @@ import checkpoint
 import data
 import evaluate
 import lab
-import shards
 import train
 from config import ConfigError, load_config
-from hub import parquet
+from hub import packing, parquet
 from instruments import snapshots
 from runtime import dist, files, locks, machine, run_folder, signals
 
@@ -343,7 +342,7 @@ def fill(folder, leave=0):
 def noticed(request, monkeypatch):
     """When a full disk is noticed: by asking for the free space, or, where that is not the whole truth, by writing."""
     if request.param == "in the middle":
-        for module in (files, parquet, shards):
+        for module in (files, packing, parquet):
             monkeypatch.setattr(module, "require_room", lambda *args: None)
     return request.param
 
