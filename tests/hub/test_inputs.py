@@ -129,9 +129,9 @@ JSON = '{"text": "x", "id": 1}\n{"text": "y"}\n'
     ("a.TXT", "x", "text"), ("a.jsonl", JSON, "json"), ("a.json", f"[{JSON}]", "json"), ("a.ndjson", JSON, "json"),
     ("A.JSONL", JSON, "json"),
     ("a.txt", JSON, "json"), ("a", "\ufeff" + JSON, "json"), ("a.data", "[\n  {\n    \"te\\\"xt\": 1", "json"),
-    ("a.jsonl.gz", gzip.compress(JSON.encode()), "json"),
-    ("a.json.zst", zstd(JSON.encode()), "json"), ("a.gz", gzip.compress(JSON.encode()), "json"),
-    ("a.txt.gz", gzip.compress(b"plain"), "text"),
+    ("a.jsonl.gz", gzip.compress(JSON.encode(), mtime=0), "json"),
+    ("a.json.zst", zstd(JSON.encode()), "json"), ("a.gz", gzip.compress(JSON.encode(), mtime=0), "json"),
+    ("a.txt.gz", gzip.compress(b"plain", mtime=0), "text"),
     ("a.jsonl.ZST", zstd(JSON.encode()), "json"), ("a.csv", "text\nx", "csv"), ("a.tsv", "text\tb\nx\ty", "tsv"),
     ("a.txt", "id,text\n1,x\n", "csv"),
     ("a.dat", "id\ttext\r\n1\tx\r\n", "tsv"), ("a.CSV", "", "csv"), ("a.parquet", table(text=["x"]), "table"),
@@ -144,9 +144,9 @@ def test_a_kind_is_told_by_name_or_content(tmp_path, name, content, kind):
 @pytest.mark.parametrize("name, content", [
     ("a.zip", b"PK\3\4\0\0"), ("a.pdf", b"%PDF-1.4\n"), ("a.txt", "wide".encode("utf-16")), ("a.png", b"\x89PNG\r\n\x1a\n\0\0"),
     ("a.npy", b"\x93NUMPY\1\0"),
-    ("a.tar.gz", gzip.compress(b"name\0\0\0")), ("a.pkl", b"cos\nsystem\n"), ("a.docx", b"PK\3\4\x14\0"),
+    ("a.tar.gz", gzip.compress(b"name\0\0\0", mtime=0)), ("a.pkl", b"cos\nsystem\n"), ("a.docx", b"PK\3\4\x14\0"),
     ("a.txt.bz2", b"BZh91AY&SY"),
-    ("train.bin", (20240520).to_bytes(4, "little") + b"\1\0\0\0"), ("train.bin", gzip.compress(b"x"))])
+    ("train.bin", (20240520).to_bytes(4, "little") + b"\1\0\0\0"), ("train.bin", gzip.compress(b"x", mtime=0))])
 def test_what_is_not_read_is_refused_with_what_is(tmp_path, name, content):
     with pytest.raises(DataError, match=f"{name}.*supported are text in UTF-8.*parquet.*save_to_disk.*train.bin"):
         find_inputs([write(tmp_path, {name: content}) / name], "text")
@@ -163,7 +163,7 @@ def test_of_a_folder_the_richest_kind_is_taken_and_the_rest_said(tmp_path, capsy
     write(tmp_path, {"b/x.txt": "x", "a.md": "y", ".git/config": "z", "pic.png": b"\0"})
     assert found(tmp_path) == [("a.md", "text"), ("b/x.txt", "text")]
     assert "2 others are left out: .git/config, pic.png" in capsys.readouterr().out
-    write(tmp_path, {"c.jsonl": JSON, "d.csv.gz": gzip.compress(b"text\nx")})
+    write(tmp_path, {"c.jsonl": JSON, "d.csv.gz": gzip.compress(b"text\nx", mtime=0)})
     assert found(tmp_path) == [("c.jsonl", "json"), ("d.csv.gz", "csv")]
     write(tmp_path, {"data/train-00000-of-00001.parquet": table(text=["x"])})
     assert found(tmp_path) == [("data/train-00000-of-00001.parquet", "table")]
