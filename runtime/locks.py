@@ -29,7 +29,7 @@ class RunLock:
 
     def acquire(self) -> None:
         """Raises ConfigError naming host and process where another one is at work."""
-        me = json.dumps({"host": _machine(), "pid": os.getpid(), "born": _birth(os.getpid())})
+        me = json.dumps({"host": _machine(), "pid": os.getpid(), "born": birth(os.getpid())})
         taken_over = False
         while not self.held:
             try:
@@ -66,7 +66,7 @@ class RunLock:
 
     def _alive(self, host: str, pid: int, born: str) -> bool:
         if host == _machine() and os.name == "posix":
-            return _birth(pid) == born
+            return birth(pid) == born
         before, end = self.path.stat().st_mtime, time.monotonic() + 3 * HEARTBEAT_SECONDS
         print(f"{self.path}: held by process {pid} on {host.split()[0]}; waiting for a sign of life", flush=True)
         while time.monotonic() < end:
@@ -97,10 +97,10 @@ def _machine() -> str:
 
 def alive(pid: int) -> bool:
     """Whether there is such a process on this machine, as far as this system tells."""
-    return _birth(pid) != ""
+    return birth(pid) != ""
 
 
-def _birth(pid: int) -> str:
+def birth(pid: int) -> str:
     """When a living process began, in words of this system; "" for a dead one: process numbers come again."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -120,6 +120,9 @@ class RunFolder:
             if not found and (self.path / self.checkpointing.checkpoints_dir).exists():
                 raise UserError(f"checkpointing.run_name: another process has just made {self.path}; start again, or choose "
                                 "another run_name")
+            for leftover in list(self.path.rglob(f"{files.STAGING}*")):
+                if not _being_written(leftover):
+                    files.remove_tree(leftover)
             (self.path / "exit.json").unlink(missing_ok=True)
             files.write_text(self.path / ".launcher", _launcher())
             files.write_text(self.path / "training_config.yaml", yaml.safe_dump(self.resolved, sort_keys=False))
@@ -264,6 +267,16 @@ class RunFolder:
                 self._wandb.finish(exit_code=code)
             except Exception as error:
                 log.warning(f"W&B did not finish ({error})")
+
+
+def _being_written(staged: Path) -> bool:
+    """Whether the process that a staged file is named after may still be at it: alive here, or elsewhere in the last hour."""
+    host, _, pid = staged.name.rpartition("@")[2].rpartition("-")
+    if host == files.host_name() and pid.isdigit():
+        return locks.birth(int(pid)) != ""
+    with contextlib.suppress(OSError):
+        return time.time() - staged.stat().st_mtime < 3600
+    return False
 
 
 def _objects(text: bytes) -> list[dict[str, Any]]:

@@ -24,11 +24,12 @@ def trainer(compiled=False, device="cpu"):
     return state, torch.randint(64, (2, 17), device=device)
 
 
+@pytest.mark.timeout(480)  # three models in processes of their own, on whatever machine
 def test_the_command_measures_and_compares(tmp_path):
     done = subprocess.run([sys.executable, lab.ROOT / "bench.py", "--baseline", "hf", "--modes", "full", "r16", "--batch", "1",
                            "--seq-len", "32", "--rounds", "2", "--steps", "1", "--attention", "--run", "--json",
                            tmp_path / "b.json"],
-                          capture_output=True, text=True, timeout=200, check=True)
+                          capture_output=True, text=True, timeout=440, check=True)
     found = json.loads((tmp_path / "b.json").read_text())
     cases = {r["mode"]: r for r in found if "mode" in r}
     assert cases.keys() == {"full", "r16", "hf"}

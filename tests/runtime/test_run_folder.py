@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 import lab
 from config import CheckpointingConfig, MonitoringConfig
+from runtime import files
 from runtime.run_folder import RunFolder
 
 
@@ -88,3 +91,20 @@ def test_a_users_own_links_go_on_working(dataset, tmp_path):
     runs.train("run", "training.stop_at_step=2")
     assert "resumed at step 2" in runs.train("run", "training.stop_at_step=3")
     assert (tmp_path / "big disk/run/checkpoints/step_3").is_dir() and os.path.islink(tmp_path / "runs")
+
+
+def test_what_killed_processes_left_half_written_goes_and_what_is_being_written_stays(folder, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = files.host_name()
+    left = [folder.path / f".staging-metrics.jsonl@{host}-{dead.pid}",
+            folder.path / f"checkpoints/step_5/.staging-more@{host}-{dead.pid}",
+            folder.path / "eval_results/.staging-step_5.json@elsewhere-7"]
+    at_work = [folder.path / f"eval_results/.staging-step_9.json@{host}-{os.getpid()}",
+               folder.path / "analysis/.staging-x@elsewhere-8"]
+    for path in (*left, *at_work):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if "more" in path.name else path.touch()
+    os.utime(left[2], (1, 1))
+    folder.open()
+    assert [path.exists() for path in left] == [False] * 3 and all(path.exists() for path in at_work)
