@@ -14,11 +14,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from runtime.command import Parser
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import lab
+import lab  # noqa: E402
+from runtime.command import Parser  # noqa: E402
 
 WORDS = ("training.strategy=ddp", lab.HALF, "checkpointing.learning_dynamics.max_rows=2")
 VICTIMS = ("one rank", "all ranks", "torchrun", "everything")
