@@ -148,9 +148,13 @@ def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def as_float32(name: str, tensor: Tensor, folder: Path) -> Tensor:
+    """A weight for computing. Raises CheckpointError for packed ones, and for NaN and infinities."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise CheckpointError(f"{folder}: {name} is of {str(tensor.dtype).removeprefix('torch.')}; packed weights cannot be read")
-    return tensor.float()
+    tensor = tensor.float()
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise CheckpointError(f"{folder}: {name} holds numbers that are not finite; its training diverged, or it is damaged")
+    return tensor
 
 
 def without_frequencies(tensors: dict[str, Tensor], cfg: ModelConfig, folder: Path) -> dict[str, Tensor]:
@@ -188,7 +192,8 @@ def _load_own(found: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -
     compare_states(skeleton(cfg).state_dict(), tensors, folder)
     if found.get("model_py") != model_py():
         log.warning(f"{folder}: was made by another model.py; where their formulas differ, so does what it computes")
-    return cfg, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return cfg, {name: as_float32(name, tensor, folder) if tensor.is_floating_point() else tensor
+                 for name, tensor in tensors.items()}
 
 
 def check_layers(cfg: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -227,6 +227,16 @@ def test_absent_weights_and_absent_folders_are_refused(damaged):
 
 # ---- as starting weights ---------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_that_are_not_finite_are_refused(damaged, value, dtype):
+    path = damaged / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][3, 4] = value
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, path)
+    assert "lm_head.weight holds numbers that are not finite" in refusal(damaged)
+
+
 # ---- older folders, tied ones, folders of our own ----------------------------------------------------------------------
 
 def test_rotary_frequencies_of_older_folders_are_left_out_and_said_unless_they_are_others(plain, damaged, said):
