@@ -8,6 +8,7 @@ edited until it computes something else is kept under our own names: `not_llama`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from checkpoint import CheckpointError, Writer, compare_states, tensor_bytes
 from config import ConfigError, ModelConfig, config_from_dict
 from hub.architecture import llama_names, llama_shapes, llama_state, not_llama, skeleton
 from hub.folders import read_folder, resolve, write_safetensors
-from hub.tokenizers import END_OF_TEXT, ByteTokenizer, load_tokenizer, tokenizer_config
+from hub.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_config
 from model import PicoDecoder
 from relora import has_adapters, relora_layers
 from runtime.files import HashingFile, sha256
@@ -73,7 +74,8 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
 
     With `not_llama`, the reason: of a folder of our own, which only this lab reads.
     """
-    tokenizer, known = load_tokenizer(tokenizer_folder), (tokenizer_folder / "tokenizer.json")
+    changed = tuple(path.stat().st_mtime_ns for path in sorted(tokenizer_folder.glob("*.json")))
+    tokenizer, known = tokenizer_of(tokenizer_folder, changed), tokenizer_folder / "tokenizer.json"
     eos, pad = (i if i is not None and i < cfg.vocab_size else None for i in (tokenizer.eos, tokenizer.pad))
 
     def as_json(value: dict) -> Writer:
@@ -93,6 +95,12 @@ def writers(state: dict[str, Tensor], cfg: ModelConfig, tokenizer_folder: Path,
                            else as_json(byte_tokenizer_json())),
         "tokenizer_config.json": as_json(tokenizer_config(tokenizer) | names | {"model_max_length": cfg.max_seq_len}),
     }
+
+
+@functools.lru_cache(maxsize=1)
+def tokenizer_of(folder: Path, changed: tuple[int, ...]) -> Tokenizer:
+    """load_tokenizer, once while its files have not `changed`: a run asks at every save, and OLMo's takes 0.1 s."""
+    return load_tokenizer(folder)
 
 
 def as_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,9 +156,13 @@ def load_plain(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def as_float32(name: str, tensor: Tensor, folder: Path) -> Tensor:
+    """A weight for computing. Raises CheckpointError for packed ones, and for NaN and infinities."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise CheckpointError(f"{folder}: {name} is of {str(tensor.dtype).removeprefix('torch.')}; packed weights cannot be read")
-    return tensor.float()
+    tensor = tensor.float()
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise CheckpointError(f"{folder}: {name} holds numbers that are not finite; its training diverged, or it is damaged")
+    return tensor
 
 
 def without_frequencies(tensors: dict[str, Tensor], cfg: ModelConfig, folder: Path) -> dict[str, Tensor]:
@@ -188,7 +200,8 @@ def _load_own(found: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -
     compare_states(skeleton(cfg).state_dict(), tensors, folder)
     if found.get("model_py") != model_py():
         log.warning(f"{folder}: was made by another model.py; where their formulas differ, so does what it computes")
-    return cfg, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return cfg, {name: as_float32(name, tensor, folder) if tensor.is_floating_point() else tensor
+                 for name, tensor in tensors.items()}
 
 
 def check_layers(cfg: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -55,6 +55,7 @@ class JsonTokenizer:
     def __init__(self, path: Path, eos: str | None = None, split_special: bool | None = None):
         import tokenizers
         self.path, config = path, read_object(path.with_name(TOKENIZER_CONFIG))
+        check_prefix(path)
         try:
             self.inner = tokenizers.Tokenizer.from_file(str(path))
             self.inner.no_truncation()
@@ -62,7 +63,9 @@ class JsonTokenizer:
             for name in {"dropout", "alpha"} & set(dir(self.inner.model)):
                 setattr(self.inner.model, name, None)
             self.vocab_size = 1 + max(self.inner.get_vocab().values())  # ids may have gaps
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception, and its panics are not even that
+            if not is_the_librarys(error):
+                raise
             raise DataError(f"{path}: not a tokenizer.json ({error})") from None
         self.special = {i: token.content for i, token in self.inner.get_added_tokens_decoder().items() if token.special}
         (self.eos, self.eos_source), (self.pad, _) = self._find("eos", config, eos), self._find("pad", config)
@@ -94,7 +97,12 @@ class JsonTokenizer:
         return None if token is None else self.inner.id_to_token(token)
 
     def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False).ids
+        try:
+            return self.inner.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if not is_the_librarys(error):
+                raise
+            raise DataError(f"{self.path}: cannot encode {text[:40]!r} ({error})") from None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         dtype = token_dtype(self.vocab_size)
@@ -107,8 +115,25 @@ class JsonTokenizer:
 Tokenizer = ByteTokenizer | JsonTokenizer
 
 
+def is_the_librarys(error: BaseException) -> bool:
+    """Whether an error is of the tokenizers library: one of Python's kind, or a panic."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def check_prefix(path: Path) -> None:
+    """Refuse merges that lack the file's continuing_subword_prefix: the library cuts them blindly, and may abort the process."""
+    model = read_object(path).get("model")
+    prefix, merges = (model.get("continuing_subword_prefix"), model.get("merges")) if isinstance(model, dict) else (None, None)
+    if isinstance(prefix, str) and isinstance(merges, list):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        if not all(isinstance(pair, list) and pair and str(pair[-1]).startswith(prefix) for pair in pairs):
+            raise DataError(f"{path}: has merges without its continuing_subword_prefix {prefix[:40]!r}; it is damaged")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; {} where there is none."""
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise DataError(f"{path}: is no file; remove it")
     try:
         found = json.loads(read_text(path))
         return found if isinstance(found, dict) else {}

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import struct
 
@@ -151,6 +152,24 @@ def test_a_bin_of_anything_but_plain_tensors_is_refused(tmp_path, monkeypatch, c
     with pytest.raises(CheckpointError, match="pytorch_model.bin: ") as error:
         read_weights(tmp_path / "pytorch_model.bin")
     assert "\n" not in str(error.value) and not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "old", "safetensors"])
+def test_damaged_weights_are_read_or_refused_in_one_line(tmp_path, kind):
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.bin")
+    torch.save(PARTS, path, _use_new_zipfile_serialization=kind == "zip")
+    if kind == "safetensors":
+        save_file(PARTS, path)
+    whole, made = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        spoilt = bytearray(whole)
+        for _ in range(made.choice([1, 4])):
+            spoilt[made.randrange(len(spoilt))] = made.randrange(256)
+        path.write_bytes(spoilt[:made.choice([len(spoilt), made.randrange(len(spoilt))])])
+        try:
+            read_weights(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
 
 
 @pytest.mark.parametrize("header", [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -111,6 +112,17 @@ def test_the_tokenizer_goes_along_and_names_eos_and_pad(tmp_path):
     assert json.loads((folder / "tokenizer.json").read_text()) == text
     told = json.loads((folder / "config.json").read_text())
     assert (told["eos_token_id"], told["pad_token_id"]) == (2, 1)
+
+
+def test_a_tokenizer_that_changed_meanwhile_is_read_again(plain, tmp_path):
+    cfg, state, _ = plain
+    for number, end in enumerate(("<a>", "<b>")):
+        text = {"model": {"type": "WordLevel", "vocab": {"x": 0, "<a>": 1, "<b>": 2}, "unk_token": "x"}, "added_tokens": []}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(text))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        os.utime(tmp_path / "tokenizer_config.json", (number, number))
+        write_file(tmp_path / f"{number}.out", writers(state, cfg.model, tmp_path)["config.json"].write)
+        assert json.loads((tmp_path / f"{number}.out").read_text())["eos_token_id"] == number + 1
 
 
 def test_a_vocabulary_without_the_tokenizers_eos_loads_too(dataset, tmp_path):
@@ -226,6 +238,16 @@ def test_absent_weights_and_absent_folders_are_refused(damaged):
 
 
 # ---- as starting weights ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_that_are_not_finite_are_refused(damaged, value, dtype):
+    path = damaged / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][3, 4] = value
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, path)
+    assert "lm_head.weight holds numbers that are not finite" in refusal(damaged)
+
 
 # ---- older folders, tied ones, folders of our own ----------------------------------------------------------------------
 

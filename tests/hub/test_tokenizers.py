@@ -1,6 +1,7 @@
 """Tokenizers as people bring them: against the library and transformers, read from the same files."""
 
 import json
+import os
 import random
 
 import pytest
@@ -145,6 +146,35 @@ def test_a_broken_file_beside_is_named(tmp_path, content):
     write(tmp_path, [zoo.END])
     (tmp_path / "tokenizer_config.json").write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match="tokenizer_config.json: cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["##", "#####", "a"])
+def test_a_file_that_would_abort_the_library_or_make_it_panic_is_refused(tmp_path, prefix):
+    """Cut in the middle of a letter, a merge without the prefix ends the whole process."""
+    vocab = {"a": 0, "\u4e16": 1, "a\u4e16": 2}
+    made = json.loads(zoo.gpt2().to_str())
+    made["model"] |= {"vocab": vocab, "merges": [["a", "\u4e16"]], "continuing_subword_prefix": prefix}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(DataError, match="merges without its continuing_subword_prefix"):
+        load_tokenizer(tmp_path)
+    made["model"] |= {"vocab": {"a": 0, f"{prefix}b": 1, "ab": 2}, "merges": [["a", f"{prefix}b"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    assert load_tokenizer(tmp_path).vocab_size > 2
+
+
+def test_a_text_that_its_words_cannot_say_is_one_line(tmp_path):
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="tokenizer.json: cannot encode 'b'"):
+        load_tokenizer(tmp_path).encode("b")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    if name != "tokenizer.json":
+        write(tmp_path, [zoo.END])
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: is no file"):
         load_tokenizer(tmp_path)
 
 
