@@ -162,7 +162,9 @@ def _cached(name: str, split: str, path: Path) -> Source | None:
     """The source that a window or an index in the cache is of."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: as good as not there
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return Source(name, split, path.parent.parent.name, kept.get("files") or [shard["file"] for shard in kept["shards"]])
+        files = kept.get("files") or [shard["file"] for shard in kept["shards"]]
+        if all(isinstance(file, str) for file in files):
+            return Source(name, split, path.parent.parent.name, list(files))
     return None
 
 
@@ -184,7 +186,7 @@ def fetch(source: Source, number: int, target: Path, vocab_size: int, minutes: f
         return path
 
     try:
-        make_folders(staging)
+        make_fresh(staging)
         path = with_retries(download, what, minutes, stop)
         staged = staging / target.name
         made = convert_parquet(path, staged, vocab_size)
@@ -201,7 +203,7 @@ def download(source: Source, numbers: range, out: Path, cfg: DatasetConfig, voca
     """
     staged = out / staging_name(source.split)
     remove_leftovers(out)
-    make_folders(staged)
+    make_fresh(staged)
     entries, lengths = [], set()
     try:
         for number in tqdm(numbers, desc=f"fetching {source.name}", unit=" shards", disable=None):
@@ -223,6 +225,13 @@ def download(source: Source, numbers: range, out: Path, cfg: DatasetConfig, voca
         fsync_folder(out)
     finally:
         remove_tree(staged)
+
+
+def make_fresh(folder: Path) -> None:
+    """Make an empty folder; what somebody put under its name, a link to elsewhere too, is not used."""
+    remove_tree(folder)
+    make_folders(folder.parent)
+    folder.mkdir()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -200,14 +200,13 @@ class StreamedDataset(TokenDataset):
     def _comes_again(self, number: int, error: DataError) -> bool:
         """Whether a shard that could not be opened will be fetched again; a damaged one is, once."""
         from huggingface_hub import constants
-        path = self.cache.path(number)
-        if not path.exists():
+        if self.cache.entry(number) is None:
             return True  # another run has let go of it
         if not isinstance(error, DamagedShard) or number in self._fetched_again or constants.HF_HUB_OFFLINE:
             return False
         self._fetched_again.add(number)
         with contextlib.suppress(FileNotFoundError):  # another rank was faster
-            os.replace(path, path.with_suffix(DAMAGED))
+            os.replace(self.cache.path(number), self.cache.path(number).with_suffix(DAMAGED))
         return True
 
     def _window(self, step: int) -> tuple[int, int]:
