@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import DatasetConfig
+from config import DatasetConfig, TokenizerConfig
 from data import INDEX, DataError, TokenDataset, read_index, shard_entry, token_dtype, write_index
 from hub import datasets, streaming
 from hub.inputs import IDS, ROWS, TEXTS, Input, by_split, content_of, find_inputs
@@ -223,17 +223,15 @@ def show(args: argparse.Namespace) -> None:
     """Print the rows of one update, decoded: all of them, or one rank's micro-batches."""
     if args.rank is not None and args.rank >= args.world:
         raise DataError(f"--rank: {args.rank} is none of {args.world} ranks; give --world too")
-    cfg = DatasetConfig(name=args.dataset, prefetch_shards=0, revision=args.revision)
-    if Path(args.dataset).exists():
-        dataset = TokenDataset(args.dataset)
-    else:
-        dataset = streaming.StreamedDataset(datasets.find(args.dataset, "train", cfg), cfg, args.vocab_size, args.batch_size)
-        dataset.advance(args.step)
+    cfg = DatasetConfig(name=args.dataset, prefetch_shards=0, revision=args.revision, subset=args.subset)
+    dataset = streaming.open_rows(cfg, args.vocab_size, args.batch_size)
+    dataset.advance(args.step)
     micro = args.micro_batch_size or max(1, args.batch_size // args.world)
     if args.batch_size % (micro * args.world):
         raise DataError(f"--micro-batch-size: {micro} rows x {args.world} ranks do not divide {args.batch_size}")
     rows = dataset.batch(args.step, args.batch_size)
-    tokenizer = load_tokenizer(dataset.folder.parent)
+    streamed = isinstance(dataset, streaming.StreamedDataset)
+    tokenizer = load_tokenizer(datasets.tokenizer_home(args.tokenizer, cfg) if streamed else dataset.folder.parent)
     fits = rows.max() < tokenizer.vocab_size <= dataset.vocab_size
     print(f"{dataset.folder}, fingerprint {dataset.fingerprint}: update {args.step + 1} trains on rows "
           f"{args.step * args.batch_size:,} to {(args.step + 1) * args.batch_size - 1:,}, epoch "
@@ -285,7 +283,6 @@ def parse() -> argparse.Namespace:
     fetched.add_argument("--shards", default="0:1", help="first:end, such as 0:8 (default: 0:1)")
     fetched.add_argument("--split", default="train", help="of the files SPLIT-NNNNN-of-NNNNN.parquet (default: train)")
     fetched.add_argument("--out", type=Path, required=True)
-    fetched.add_argument("--tokenizer", default="allenai/OLMo-7B-0724-hf", help="a folder or Hub model with tokenizer.json")
     shown = commands.add_parser("show", help="the rows that an update trains on, decoded")
     shown.add_argument("dataset", help="a dataset folder, or owner/name on the Hub")
     shown.add_argument("--step", type=number(int, 0, 2 ** 40), required=True, help="updates before it: 0 is the first")
@@ -297,12 +294,14 @@ def parse() -> argparse.Namespace:
     for remote in (fetched, shown):
         remote.add_argument("--vocab-size", type=count, default=OLMO_VOCABULARY, help="ids must be below (default: 50304)")
         remote.add_argument("--revision", help="a commit or branch (default: main)")
+        remote.add_argument("--subset", help="which, where a Hub dataset holds several")
+        remote.add_argument("--tokenizer", default=TokenizerConfig.name, help="a folder or Hub model with tokenizer.json")
     commands.add_parser("verify", help="check every shard of a dataset").add_argument("folder", type=Path)
     return parser.parse_args()
 
 
 def fetch_dataset(args: argparse.Namespace) -> None:
-    cfg = DatasetConfig(name=args.name, revision=args.revision)
+    cfg = DatasetConfig(name=args.name, revision=args.revision, subset=args.subset)
     source = datasets.find(args.name, args.split, cfg)
     first, _, end = args.shards.partition(":")
     if not (first.isdigit() and end.isdigit() and int(first) < int(end) <= len(source.files)):

@@ -38,6 +38,7 @@ class DatasetConfig:
     prefetch_shards: int = option(2, least=0)  # (ours) shards fetched ahead of the one in use
     keep_shards: int | None = option(None, least=0)  # (ours) shards kept behind it; null: all (the whole of Dolma is 840 GB)
     revision: str | None = None  # (ours) a commit or branch of the Hub dataset; null: main, pinned at first contact
+    subset: str | None = None  # (ours) which, where a Hub dataset holds several, such as gpt2/train-00000-of-00001.parquet's gpt2
     patience_minutes: float = option(60, most=1e6)  # (ours) how long the Hub may be away before the run checkpoints and stops
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from config import ConfigError, DatasetConfig, UserError
 from data import INDEX, DataError, read_index, shard_entry, write_index
 from hub.client import HubError, Refused, fetch_folder, with_retries
-from hub.parquet import Converted, convert_parquet
+from hub.parquet import SPLITS, Converted, complete_sources, convert_parquet, split_of
 from runtime import dist
 from runtime.files import STAGING, fsync_folder, host_name, make_folders, remove_tree, sha256, staging_name, try_again, write_file
 from runtime.locks import alive
@@ -104,10 +104,16 @@ class Source(NamedTuple):
     split: str
     revision: str
     files: list[str]
+    subset: str | None = None
 
     def home(self, cfg: DatasetConfig) -> Path:
         """The folder of its splits on this machine."""
-        return cache_folder(cfg) / self.name.replace("/", "--") / self.revision
+        return home_of(self.name, self.subset, cfg) / self.revision
+
+
+def home_of(name: str, subset: str | None, cfg: DatasetConfig) -> Path:
+    """The folder of a Hub dataset's revisions on this machine."""
+    return cache_folder(cfg) / (name if subset is None else f"{name}/{subset}").replace("/", "--")
 
 
 def cache_folder(cfg: DatasetConfig) -> Path:
@@ -124,18 +130,19 @@ def find(name: str, split: str, cfg: DatasetConfig, revision: str | None = None)
     """
     def ask() -> Source:
         try:
-            return _find(name, split, cfg, revision or (cfg.revision if name == cfg.name else None))
+            own = name == cfg.name  # else its options are not about it
+            return _find(name, split, cfg, revision or (cfg.revision if own else None), cfg.subset if own else None)
         except Refused as error:
             raise DataError(f"{error}; or did you mean {near}, here?") if (near := _nearest(Path(name))) else error from None
     return dist.on_rank0(ask)
 
 
-def _find(name: str, split: str, cfg: DatasetConfig, revision: str | None) -> Source:
+def _find(name: str, split: str, cfg: DatasetConfig, revision: str | None, subset: str | None) -> Source:
     from huggingface_hub import HfApi, constants
-    home = cache_folder(cfg) / name.replace("/", "--")
+    home = home_of(name, subset, cfg)
     paths = sorted((path for kind in (WINDOW, INDEX) for path in home.glob(f"*/{split}/{kind}")),
                    key=lambda path: try_again(path.stat, path).st_mtime)
-    known = [source for path in reversed(paths) if (source := _cached(name, split, path))]
+    known = [source for path in reversed(paths) if (source := _cached(name, split, subset, path))]
     for source in known:
         if constants.HF_HUB_OFFLINE or source.revision == revision:
             return source
@@ -148,21 +155,30 @@ def _find(name: str, split: str, cfg: DatasetConfig, revision: str | None) -> So
             raise
         node_log.warning(f"{error}; taking what is here of it, revision {known[0].revision}")
         return known[0]
-    pattern = re.compile(rf"(?:(.+)/)?{re.escape(split)}-\d+-of-\d+(?:-[0-9a-f]{{8,}})?\.parquet")
-    found = {match[0]: match[1] for s in info.siblings if (match := pattern.fullmatch(s.rfilename))}
+    return Source(name, split, info.sha, _files_of(name, split, subset, [file.rfilename for file in info.siblings]), subset)
+
+
+def _files_of(name: str, split: str, subset: str | None, names: list[str]) -> list[str]:
+    """The parquet files of a split among those of a repository, in order. Raises DataError where they are of several subsets."""
+    words = {split: split} | SPLITS  # a split may have a name of its own
+    told = {file: split_of(file, words) for file in names if file.lower().endswith(".parquet")}
+    found = {file: where[0] for file, where in told.items() if where is not None and where[1] == words[split]}
     if not found:
         raise DataError(f"{name}: the repository has no files {split}-NNNNN-of-NNNNN.parquet")
-    if len(subsets := sorted({str(folder) for folder in found.values()})) > 1:
-        raise DataError(f"{name}: the repository has several sets of {split} files, in {', '.join(subsets)}, which do not belong "
-                        "together; download the files of one, and convert them with shards.py parquet")
-    return Source(name, split, info.sha, sorted(found))
+    known = sorted(set(found.values()))
+    if len(known) > 1 if subset is None else subset not in known:
+        raise DataError(f"{name}: its {split} files are of the subsets {', '.join(known)}, which are not joined; choose one with "
+                        "data.dataset.subset (shards.py: --subset)")
+    return sorted(file for file, where in found.items() if subset in (None, where))
 
 
-def _cached(name: str, split: str, path: Path) -> Source | None:
+def _cached(name: str, split: str, subset: str | None, path: Path) -> Source | None:
     """The source that a window or an index in the cache is of."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: as good as not there
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return Source(name, split, path.parent.parent.name, kept.get("files") or [shard["file"] for shard in kept["shards"]])
+        files = kept.get("files") or [shard["file"] for shard in kept["shards"]]
+        if all(isinstance(file, str) for file in files):
+            return Source(name, split, path.parent.parent.name, list(files), subset)
     return None
 
 
@@ -184,7 +200,7 @@ def fetch(source: Source, number: int, target: Path, vocab_size: int, minutes: f
         return path
 
     try:
-        make_folders(staging)
+        make_fresh(staging)
         path = with_retries(download, what, minutes, stop)
         staged = staging / target.name
         made = convert_parquet(path, staged, vocab_size)
@@ -201,7 +217,7 @@ def download(source: Source, numbers: range, out: Path, cfg: DatasetConfig, voca
     """
     staged = out / staging_name(source.split)
     remove_leftovers(out)
-    make_folders(staged)
+    make_fresh(staged)
     entries, lengths = [], set()
     try:
         for number in tqdm(numbers, desc=f"fetching {source.name}", unit=" shards", disable=None):
@@ -211,6 +227,7 @@ def download(source: Source, numbers: range, out: Path, cfg: DatasetConfig, voca
             entries.append(shard_entry(path, made.rows, made.sources))
         if len(lengths) > 1:
             raise DataError(f"{source.name}: its files have rows of different lengths, {sorted(lengths)}")
+        complete_sources(entries)
         write_index(staged, entries, lengths.pop(), vocab_size, source.name, source.revision, first_shard=numbers.start,
                     files=[source.files[number] for number in numbers])
         fsync_folder(staged)
@@ -223,6 +240,13 @@ def download(source: Source, numbers: range, out: Path, cfg: DatasetConfig, voca
         fsync_folder(out)
     finally:
         remove_tree(staged)
+
+
+def make_fresh(folder: Path) -> None:
+    """Make an empty folder; what somebody put under its name, a link to elsewhere too, is not used."""
+    remove_tree(folder)
+    make_folders(folder.parent)
+    folder.mkdir()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -276,6 +300,11 @@ def _complete(source: Source, folder: Path, cfg: DatasetConfig, vocab_size: int)
 
 
 # ---- tokenizers --------------------------------------------------------------------------------------------------
+
+def tokenizer_home(name: str, cfg: DatasetConfig) -> Path:
+    """The folder of a Hub model's tokenizer on this machine."""
+    return cache_folder(cfg) / "tokenizers" / name.replace("/", "--")
+
 
 def fetch_tokenizer(name: str, folder: Path, minutes: float = DatasetConfig.patience_minutes) -> None:
     """Put the tokenizer of `name`, a folder or a model on the Hub, into `folder`, which is ours, unless one is there."""

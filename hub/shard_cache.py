@@ -55,18 +55,21 @@ class ShardCache:
                 return None
         except UserError as error:
             raise DataError(str(error)) from None
-        return _read(self.path(number).with_suffix(".json")) or self._earlier().get(number)
+        own = _read(self.path(number).with_suffix(".json"))
+        return own if _is_entry(own) else self._earlier().get(number)
 
     def entries(self) -> dict[int, dict[str, Any]]:
         """{number: entry} of every shard that is known here."""
         found = {int(path.stem[6:]): _read(path) for path in self.folder.glob("shard-*.json")}
-        return {number: entry for number, entry in sorted((self._earlier() | found).items()) if entry}
+        return dict(sorted((self._earlier() | {number: entry for number, entry in found.items() if _is_entry(entry)}).items()))
 
     def _earlier(self) -> dict[int, dict[str, Any]]:
-        window = _read(self.folder / WINDOW)
-        return {int(number): {"rows": rows, "row_length": window["row_length"]}
-                | ({"sha256": window["sha256"][number]} if number in window.get("sha256", {}) else {})
-                for number, rows in window.get("rows", {}).items()}
+        window, found = _read(self.folder / WINDOW), {}
+        digests, counts = window.get("sha256") or {}, window.get("rows") or {}
+        with contextlib.suppress(ValueError, TypeError, AttributeError):  # not of ours
+            found = {int(number): {"rows": rows, "row_length": window.get("row_length")}
+                     | ({"sha256": digests[number]} if number in digests else {}) for number, rows in counts.items()}
+        return {number: entry for number, entry in found.items() if _is_entry(entry)}
 
     def publish(self, number: int, staged: Path, made: Converted, vocab_size: int) -> None:
         """Give a converted shard its name, unless another process has been faster."""
@@ -130,6 +133,11 @@ class ShardCache:
                 if path != self.window and now - path.stat().st_mtime < LIVE_SECONDS and (window := _read(path)):
                     found.append(window)
         return found
+
+
+def _is_entry(value: dict[str, Any]) -> bool:
+    return (all(type(value.get(key)) is int and 0 < value[key] < 2 ** 31 for key in ("rows", "row_length"))
+            and value.get("dtype", "uint16") in ("uint16", "uint32") and isinstance(value.get("sha256", ""), str))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from config import ConfigError, DataConfig, DatasetConfig, ModelConfig, TokenizerConfig
 from data import DamagedShard, DataError, TokenDataset, token_dtype
-from hub.datasets import Source, cache_folder, exists, fetch, fetch_tokenizer, find, locate, naming
+from hub.datasets import Source, exists, fetch, fetch_tokenizer, find, locate, naming, tokenizer_home
 from hub.parquet import Converted
 from hub.shard_cache import ShardCache
 from hub.tokenizers import ByteTokenizer, load_tokenizer
@@ -163,7 +163,7 @@ class StreamedDataset(TokenDataset):
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.source.name}@{self.source.revision}"
+        return f"{self.source.name}@{self.source.revision}" + (f"#{self.source.subset}" if self.source.subset else "")
 
     @property
     def state(self) -> dict[str, Any]:
@@ -200,14 +200,13 @@ class StreamedDataset(TokenDataset):
     def _comes_again(self, number: int, error: DataError) -> bool:
         """Whether a shard that could not be opened will be fetched again; a damaged one is, once."""
         from huggingface_hub import constants
-        path = self.cache.path(number)
-        if not path.exists():
+        if self.cache.entry(number) is None:
             return True  # another run has let go of it
         if not isinstance(error, DamagedShard) or number in self._fetched_again or constants.HF_HUB_OFFLINE:
             return False
         self._fetched_again.add(number)
         with contextlib.suppress(FileNotFoundError):  # another rank was faster
-            os.replace(path, path.with_suffix(DAMAGED))
+            os.replace(self.cache.path(number), self.cache.path(number).with_suffix(DAMAGED))
         return True
 
     def _window(self, step: int) -> tuple[int, int]:
@@ -247,11 +246,10 @@ class StreamedDataset(TokenDataset):
 def open_rows(cfg: DatasetConfig, vocab_size: int, batch_size: int, step: int = 0,
               saved: dict[str, Any] | None = None) -> TokenDataset:
     """The train split of cfg.name, a folder or a Hub dataset, which is streamed. Every rank must call it. Raises UserError."""
-    with naming("data.dataset.name"):
-        folder = locate(cfg.name)
-        source = None if folder is not None else find(cfg.name, "train", cfg, saved["revision"] if saved else None)
-    if source is None:
+    folder = locate(cfg.name)
+    if folder is not None:
         return TokenDataset(folder)
+    source = find(cfg.name, "train", cfg, saved["revision"] if saved else None)
     return StreamedDataset(source, cfg, vocab_size, batch_size, step, saved["seen"] if saved else None)
 
 
@@ -260,7 +258,8 @@ def open_dataset(data: DataConfig, model: ModelConfig, step: int, saved: dict[st
 
     Every rank must call it. Raises UserError where the rows do not fit the model or are not those of the checkpoint.
     """
-    dataset = open_rows(data.dataset, model.vocab_size, data.dataloader.batch_size, step, saved)
+    with naming("data.dataset.name"):
+        dataset = open_rows(data.dataset, model.vocab_size, data.dataloader.batch_size, step, saved)
     if dataset.row_length != model.max_seq_len + 1:
         raise ConfigError(f"model.max_seq_len: {model.max_seq_len} needs rows of {model.max_seq_len + 1} tokens, but "
                           f"{dataset.folder} has {dataset.row_length}; use model.max_seq_len={dataset.row_length - 1}")
@@ -289,7 +288,7 @@ def find_tokenizer(dataset: TokenDataset, cfg: TokenizerConfig, cache: DatasetCo
         with naming("data.tokenizer.name"):
             folder, name = locate(cfg.name, owner=False), cfg.name
             if folder is None:
-                folder = cache_folder(cache) / "tokenizers" / cfg.name.replace("/", "--")
+                folder = tokenizer_home(cfg.name, cache)
                 dist.on_each_node(lambda: fetch_tokenizer(cfg.name, folder, cache.patience_minutes))
             folder = folder if folder.is_dir() else folder.parent
     count = load_tokenizer(folder).vocab_size

@@ -173,9 +173,31 @@ def test_the_other_splits_of_a_streamed_dataset_come_from_its_revision(tmp_path,
 
 def test_sets_that_do_not_belong_together_are_not_joined(tmp_path, hub, rows):
     for subset in ("gpt2", "llama3"):
-        hub.repos.setdefault("datasets/lab/sets", {})[f"{subset}/train-00000-of-00001.parquet"] = table(rows)
+        order = rows if subset == "gpt2" else rows[::-1]
+        hub.repos.setdefault("datasets/lab/sets", {})[f"{subset}/train-00000-of-00001.parquet"] = table(order)
     printed = whole(tmp_path, hub, ("lab/sets", "train"), code=2)[1]
-    assert "several sets of train files, in gpt2, llama3" in printed
+    assert "its train files are of the subsets gpt2, llama3, which are not joined; choose one with data.dataset.subset" in printed
+    chosen = ["shards.py", "download", "lab/sets", "--vocab-size", 64, "--tokenizer", word_tokenizer(tmp_path / "words", 64)]
+    lab.forked(*chosen, "--subset", "llama3", "--out", tmp_path / "mine", env=hub.env(tmp_path / "hf"))
+    assert (TokenDataset(tmp_path / "mine").rows(0, 60) == rows[::-1]).all()
+    assert "--subset" in lab.forked(*chosen, "--subset", "x", "--out", tmp_path / "x", env=hub.env(tmp_path / "hf"), code=2)
+
+
+def test_a_streamed_subset_is_its_own_data(tmp_path, hub, rows):
+    """Another subset has another cache and another fingerprint; and what the Hub calls validation is val."""
+    for number, subset in enumerate(("gpt2", "llama3")):
+        for split in ("train", "validation"):
+            name = f"{subset}/{split}-00000-of-00001-0123456789abcdef.parquet"
+            hub.repos.setdefault("datasets/lab/sets", {})[name] = table(rows[::1 - 2 * number])
+    tree = lab.tiny_tree("lab/sets", tmp_path / "runs")
+    tree["data"]["dataset"] |= {"cache_dir": str(tmp_path / "cache"), "patience_minutes": 0.1, "subset": "gpt2"}
+    tree["data"]["tokenizer"] = {"name": str(word_tokenizer(tmp_path / "words", 64))}
+    tree["model"]["max_seq_len"] = 8
+    path, env = lab.write_config(tmp_path / "c.yaml", tree), hub.env(tmp_path / "hf")
+    words = ("training.stop_at_step=2", "checkpointing.save_every_n_steps=2")
+    assert "val loss" in lab.forked("train.py", path, *words, env=env)
+    printed = lab.forked("train.py", path, "data.dataset.subset=llama3", env=env, code=2)
+    assert "holds other tokens than the checkpoint was trained on" in printed
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

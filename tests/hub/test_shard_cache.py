@@ -16,9 +16,10 @@ from config import DatasetConfig
 from data import TokenDataset
 from fake_hub import Hub
 from hub import shard_cache
-from hub.datasets import Source
+from hub.datasets import Source, make_fresh
 from hub.parquet import Converted
 from hub.shard_cache import ShardCache
+from runtime.files import staging_name
 
 FILES, ROWS, ROUNDS = 3, 8, 20
 KINDS = "whole download tokenizer stream"
@@ -31,6 +32,7 @@ from data import TokenDataset
 from hub.tokenizers import JsonTokenizer
 from hub import client, datasets, streaming
 from hub.shard_cache import ShardCache
+from runtime.files import staging_name
 from runtime.command import command
 
 client.FIRST_PAUSE = 0.02
@@ -251,7 +253,8 @@ def test_what_the_dead_left_is_cleared_and_what_the_living_make_is_not(cache):
     assert mine in cache.window.name
 
 
-@pytest.mark.parametrize("entry", [None, b"", b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize("entry", [None, b"", b"{", b"[]", b"\xff", b'{"rows": 2}', b'{"rows": -1, "row_length": 3}',
+                                   b'{"rows": 2, "row_length": 3, "dtype": "object", "sha256": "x"}'])
 def test_a_shard_without_a_sound_entry_counts_as_missing(cache, entry):
     cache.join(kept=[])
     publish(cache, 0)
@@ -260,6 +263,24 @@ def test_a_shard_without_a_sound_entry_counts_as_missing(cache, entry):
     assert cache.entry(0) is None and cache.entries() == {}
     publish(cache, 0)
     assert cache.entry(0)["rows"] == 2
+
+
+@pytest.mark.parametrize("window", [{"rows": {"x": 2}}, {"rows": [1]}, {"rows": {"0": "2"}, "row_length": 3}, {"sha256": 5}])
+def test_a_window_of_somebody_else_s_is_not_believed(cache, window):
+    cache.folder.mkdir()
+    np.save(cache.path(0), np.zeros((2, 3), np.uint16))
+    (cache.folder / "window.json").write_text(json.dumps(window))
+    assert cache.entry(0) is None and cache.entries() == {}
+
+
+def test_a_link_under_the_name_of_what_is_being_made_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/photo.png").write_bytes(b"")
+    planted = tmp_path / "cache" / staging_name("fetch-00000")
+    planted.parent.mkdir()
+    planted.symlink_to(tmp_path / "elsewhere")
+    make_fresh(planted)
+    assert planted.is_dir() and not planted.is_symlink() and os.listdir(tmp_path / "elsewhere") == ["photo.png"]
 
 
 def test_the_cache_of_an_earlier_version_is_read(tmp_path, cache):
