@@ -130,7 +130,7 @@ class Saver:
     def _work(self, folder: Path, writers: dict[str, Writer]) -> None:
         try:
             self.error = None
-            _twice(lambda: publish(folder, writers))
+            _twice(lambda: self._publish(folder, writers))
         except Exception as error:  # the training loop checks it
             self.error = error
             return
@@ -141,10 +141,20 @@ class Saver:
             log.warning(f"{folder.parent}: cannot be tidied ({getattr(error, 'strerror', error)})")
         self.published()
 
-    def extend(self, step: int, part: str, contents: dict[str, Any]) -> None:
-        """Start to add part/NAME.pt to step_N for each {NAME: content}; first waits for what is in flight."""
+    def _publish(self, folder: Path, writers: dict[str, Writer]) -> None:
+        """A step of snapshots alone becomes a checkpoint by what is added to it; without that it is made again."""
+        state, snapshots_alone = self.cfg.fabric_checkpoint_dir, False
+        with contextlib.suppress(CheckpointError):  # damaged: kept aside
+            snapshots_alone = folder.exists() and not holds(folder, state)
+        if snapshots_alone and any(name.startswith(f"{state}/") for name in writers):
+            return extend(folder, writers)
+        if snapshots_alone:
+            remove_tree(folder)
+        publish(folder, writers)
+
+    def extend(self, step: int, writers: dict[str, Writer]) -> None:
+        """Start to add files to step_N; first waits for what is in flight."""
         self.wait()
-        writers = {f"{part}/{name}.pt": torch_writer(value) for name, value in contents.items()}
         if writers and self.error is None:
             self._thread = threading.Thread(target=self._extend, args=(self.folder / f"step_{step}", writers))
             self._thread.start()
@@ -200,7 +210,7 @@ def find_resumable(checkpoints: Path, cfg: CheckpointingConfig) -> tuple[Path | 
     if checkpoints.is_dir():
         for leftover in checkpoints.glob(f"{STAGING}*"):
             _finish_or_remove(leftover)
-    complaints, unreadable = [], None
+    complaints, without_state, unreadable = [], [], None
     for folder in files.try_again(lambda: step_folders(checkpoints), checkpoints):
         try:
             entries = verify(folder)
@@ -215,10 +225,10 @@ def find_resumable(checkpoints: Path, cfg: CheckpointingConfig) -> tuple[Path | 
             with contextlib.suppress(OSError):  # a full disk
                 mark_latest(folder)
             return folder, complaints
-        complaints.append(f"{folder}: holds no training state (pruned)")
+        without_state.append(f"{folder}: holds no training state")  # pruned, or never more than snapshots
     if unreadable is not None:
         raise unreadable
-    return None, complaints
+    return None, complaints + without_state
 
 
 def _finish_or_remove(leftover: Path) -> None:

@@ -2,7 +2,8 @@
 
 A dataset folder holds one folder a split (`train`, `val`), each with `index.json` and `shard-00000.npy` ...:
 uint16 arrays (uint32 where ids go above 65,535) of shape (rows, row_length). shards.py makes them. Batch s is rows
-[s G, (s+1) G) for global batch size G, whatever the number of ranks; past the last row a new epoch begins.
+[s G, (s+1) G) for global batch size G, counted from first_row, whatever the number of ranks; past the last row a new
+epoch begins.
 
     train = TokenDataset("corpora/stdlib", "train")
     rows = train.batch(step=10, batch_size=16)     # (16, row_length), any step in O(1)
@@ -93,6 +94,7 @@ class TokenDataset:
 
     `index` stands in for the folder's, where that is still to come. The tokenizer is in `tokenizer_folder`, or is bytes.
     """
+    first_row = 0  # of batch 0
     open_shards = 4  # memory maps held, each with a descriptor: a process may often have no more than 1,024
 
     def __init__(self, folder: str | Path, split: str = "train", index: dict[str, Any] | None = None):
@@ -178,11 +180,11 @@ class TokenDataset:
 
     def batch(self, step: int, batch_size: int) -> np.ndarray:
         """The global batch of update `step`, counted from 0: (batch_size, row_length)."""
-        return self.rows(step * batch_size, batch_size)
+        return self.rows(self.first_row + step * batch_size, batch_size)
 
     def epoch(self, step: int, batch_size: int) -> int:
-        """How often the rows have been gone through before batch `step`."""
-        return step * batch_size // len(self)
+        """How often the last row has been passed before batch `step`."""
+        return (self.first_row + step * batch_size) // len(self)
 
     def tell_epoch(self, step: int, batch_size: int) -> None:
         """Say so where batch `step` is the first of a new epoch."""
@@ -237,7 +239,7 @@ class BatchLoader:
             step += 1
 
     def _read(self, step: int) -> list[tuple[int, np.ndarray]]:
-        first = step * self.micro * self.accumulation * self.world
+        first = self.dataset.first_row + step * self.micro * self.accumulation * self.world
         indices = [a * self.world + self.rank for a in range(self.accumulation)]
         return [(i, self.dataset.rows(first + i * self.micro, self.micro)) for i in indices]
 

@@ -202,7 +202,11 @@ class ValLoss:
     def __init__(self, setting: Setting):
         self.options, self.device = setting.cfg.val, setting.device
         val = setting.open_rows(setting.dataset.as_posix(), "val", "evaluation.metrics")
-        self.rows = setting.cut(val.rows(0, min(len(val), self.options.max_rows or len(val))), setting.model.max_seq_len, "val")
+        left = len(val) - self.options.skip_rows
+        if left < 1:
+            raise ConfigError(f"evaluation.val.skip_rows: {self.options.skip_rows} of {len(val)} rows leave none to evaluate")
+        rows = val.rows(self.options.skip_rows, min(left, self.options.max_rows or left))
+        self.rows = setting.cut(rows, setting.model.max_seq_len, "val")
         index = setting.dataset / "train" / INDEX
         self.entropy = read_index(index.parent).get("entropy") if index.exists() else None
 

@@ -101,26 +101,19 @@ def loop(state: TrainState, services: Services, batches: BatchLoader) -> None:
 
     Raises Ending, on all ranks together, when training must end early.
     """
-    cfg, relora = state.cfg, state.cfg.model.relora
+    cfg = state.cfg
     services.folder.start_bar(state.step, cfg.last_step)
     state.progress.start_window(state.step)
     while True:
-        due = state.step % cfg.checkpointing.save_every_n_steps == 0 or state.step == cfg.last_step
-        snapshot = due and services.snapshot != state.step and cfg.checkpointing.learning_dynamics is not None
-        if state.step < cfg.last_step or snapshot:
+        due = cfg.due(state.step)
+        if state.step < cfg.last_step or due.snapshot and services.snapshot != state.step:
             batch = next_batch(state, services, batches)  # before the snapshot, which looks at the same rows and could not wait
-        if due:
+        if any(due):
             with state.progress.paused():
-                save(state, services)
+                save(state, services, due)
         if state.step >= cfg.last_step:
             break
-        if relora and not relora_layers(state.model) and state.step >= relora.warm_start_steps:
-            begin_relora(state)
-        if merge_is_due(state):
-            with state.progress.paused():
-                merge(state, services)
-        set_learning_rate(state.optimizers, state.step, cfg.training, relora)
-        train_step(state, batch)
+        advance(state, services, batch)
         services.folder.advance(state.step)
         services.dataset.tell_epoch(state.step, cfg.data.dataloader.batch_size)
         if state.step % cfg.monitoring.logging.log_every_n_steps == 0 or state.step == cfg.last_step:
@@ -143,14 +136,22 @@ def next_batch(state: TrainState, services: Services, batches: BatchLoader) -> l
 
 
 def end_together(services: Services, problem: UserError | None = None, waiting: bool = False) -> int:
-    """A vote, which every rank must hold: raises Ending if any rank has a reason; whether any rank is `waiting`."""
-    problem = problem or services.saver.error
-    ended, caught, anyone_waits = dist.max_over_ranks(problem is not None, signals.stop_signal(), waiting)
-    if ended:  # every rank raises the first error met
-        mine = problem and (str(problem), 2 if isinstance(problem, DataError) else 1)
-        raise Ending(*next(theirs for theirs in dist.all_gather_object(mine) if theirs))
-    signals.stop_point(caught)
-    return anyone_waits
+    """A vote, as signals.end_together holds it, also on whether a checkpoint could not be written."""
+    if problem is None and services.saver.error is not None:
+        problem = TrainingError(str(services.saver.error))
+    return signals.end_together(problem, waiting)
+
+
+def advance(state: TrainState, services: Services, batch: list[tuple[int, Tensor]]) -> None:
+    """From one step to the next: adapters and a merge where they are due, learning rate, update."""
+    relora = state.cfg.model.relora
+    if relora and not relora_layers(state.model) and state.step >= relora.warm_start_steps:
+        begin_relora(state)
+    if merge_is_due(state):
+        with state.progress.paused():
+            merge(state, services)
+    set_learning_rate(state.optimizers, state.step, state.cfg.training, relora)
+    train_step(state, batch)
 
 
 def train_step(state: TrainState, batch: list[tuple[int, Tensor]]) -> None:
@@ -226,8 +227,7 @@ def merge(state: TrainState, services: Services) -> None:
     zeroed = reset_optimizer(state.optimizers, state.model, seed=seed, step=state.step)
     after, loss_after = probe(state, services)
     change = ((after - before).abs().max() / before.abs().max()).item()
-    state.progress.reset_count += 1
-    state.progress.merged_at = state.step
+    state.progress.count_merge(state.step)
     services.folder.record({
         "step": state.step, "relora/reset_count": state.progress.reset_count, "relora/opt_zeroed": zeroed,
         "relora/loss_before": loss_before, "relora/loss_after": loss_after, "relora/logit_change": change,
@@ -245,7 +245,7 @@ def merge(state: TrainState, services: Services) -> None:
 @torch.no_grad()
 def probe(state: TrainState, services: Services) -> tuple[Tensor, float]:
     """(logits, mean loss) on the start of the next row; eval mode, float32."""
-    rows = services.dataset.rows(state.step * state.cfg.data.dataloader.batch_size, 1)[:, :PROBE_TOKENS + 1]
+    rows = services.dataset.batch(state.step, state.cfg.data.dataloader.batch_size)[:1, :PROBE_TOKENS + 1]
     ids = to_device(rows, state.device)
     with eval_mode(state.model, state.device):
         logits = state.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
@@ -262,39 +262,40 @@ def begin_relora(state: TrainState) -> None:
 
 # ---- saving --------------------------------------------------------------------------------------------------
 
-def save(state: TrainState, services: Services) -> None:
+def save(state: TrainState, services: Services, due: config.Due) -> None:
     """The training state first; then what is derived from it, which a kill or too little memory may spoil."""
-    if services.saved != state.step:
-        save_state(state, services)
-    if services.evaluators or state.cfg.checkpointing.learning_dynamics is not None:
-        services.saver.wait()
-    if services.evaluated != state.step:
+    cfg, saver = state.cfg.checkpointing, services.saver
+    if (due.state or due.snapshot) and services.saved != state.step:
+        write_step(state, services, resumable=due.state)
+    if due.snapshot or due.evaluation and services.evaluators:
+        saver.wait()
+    if due.evaluation and services.evaluated != state.step:
         results = evaluate.run_evaluators(services.evaluators, state.model, f"step {state.step}: ")
         if results:
             services.folder.save_evaluation(state.step, results)
             services.folder.record({"step": state.step} | evaluate.flat_metrics(results))
         services.evaluated = state.step
-    if services.snapshot != state.step and (dynamics := state.cfg.checkpointing.learning_dynamics) is not None:
+    if due.snapshot and services.snapshot != state.step:
         rows = {"train": services.dataset.batch(state.step, state.cfg.data.dataloader.batch_size), "val": services.val_rows}
-        found = snapshots.snapshots_of(state.model, state.optimizers, rows, dynamics, services.tokenizer, state.device)
-        services.saver.extend(state.step, state.cfg.checkpointing.learning_dynamics_dir, found)
+        saver.extend(state.step, snapshots.writers(state.model, state.optimizers, rows, cfg, services.tokenizer, state.device))
         services.snapshot = state.step
 
 
-def save_state(state: TrainState, services: Services) -> None:
-    """Start to write what a resume needs, and the plain model."""
+def write_step(state: TrainState, services: Services, resumable: bool = True) -> None:
+    """Start to write the plain model, and what a resume needs."""
     cfg, saver = state.cfg.checkpointing, services.saver
     saver.wait()  # before there is a second copy of everything
-    whole = checkpoint.gather_state(state.model, state.optimizers)
-    services.saved = state.step
+    whole = checkpoint.gather_state(state.model, state.optimizers if resumable else [])
+    services.saved = state.step if resumable else services.saved
     if dist.rank() == 0:
-        data = services.dataset.state | {"next_row": state.step * state.cfg.data.dataloader.batch_size,
-                                         "micro_rows": state.cfg.micro_batches(dist.world_size())[0]}
-        whole |= {"step": state.step, "config": to_dict(state.cfg), "progress": state.progress.state(), "data": data,
-                  "random": {"seed": state.cfg.training.seed},  # from which, with the step, all randomness follows
-                  **services.folder.sync_metrics()}
         writers = llama.writers(whole["model"], state.cfg.model, services.tokenizer_folder, not_llama=services.not_llama)
-        writers[f"{cfg.fabric_checkpoint_dir}/{cfg.fabric_checkpoint_filename}"] = checkpoint.torch_writer(whole)
+        if resumable:
+            next_row = services.dataset.first_row + state.step * state.cfg.data.dataloader.batch_size
+            data = services.dataset.state | {"next_row": next_row, "micro_rows": state.cfg.micro_batches(dist.world_size())[0]}
+            whole |= {"step": state.step, "config": to_dict(state.cfg), "progress": state.progress.state(), "data": data,
+                      "random": {"seed": state.cfg.training.seed},  # from which, with the step, all randomness follows
+                      **services.folder.sync_metrics()}
+            writers[f"{cfg.fabric_checkpoint_dir}/{cfg.fabric_checkpoint_filename}"] = checkpoint.torch_writer(whole)
         saver.save(state.step, writers)
 
 
@@ -308,7 +309,7 @@ def save_before_ending(state: TrainState, services: Services) -> None:
     failed = dist.max_over_ranks(services.saver.error is not None)[0]  # only rank 0 writes, and knows of errors
     if services.saved != state.step or failed:
         log.info(f"writing a checkpoint of step {state.step}")
-        save_state(state, services)
+        write_step(state, services)
         services.saver.wait()
     dist.barrier()  # when one rank has ended, torchrun gives the others 30 s
 
@@ -347,8 +348,7 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
 
 
 def start(cfg: Config, device: torch.device, services: Services, weights: dict[str, Tensor] | None) -> TrainState:
-    """A run at step 0; the record of an earlier attempt is kept aside."""
-    services.folder.set_metrics_aside()
+    services.folder.set_metrics_aside()  # the record of an attempt that left no checkpoint
     return new_state(cfg, device, cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0, weights)
 
 

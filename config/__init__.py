@@ -17,7 +17,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from config.checks import check, check_resume, check_strategy, warnings  # noqa: F401 (some are for importers)
 from config.reading import ConfigError, UserError, apply_overrides, build, flat, option, read_yaml, show  # noqa: F401
@@ -45,6 +45,7 @@ class DatasetConfig:
 @dataclass
 class DataLoaderConfig:
     batch_size: int = 1024  # rows of one update over all ranks: the G of the data order
+    first_row: int = option(0, least=0)  # (ours) where batch 0 begins; past the last row the order wraps
 
 
 @dataclass
@@ -156,6 +157,7 @@ class TrainingConfig:
 class ValConfig:
     batch_size: int = 16  # (ours) rows a forward
     max_rows: int | None = 512  # (ours) of the dataset's val split; null: all
+    skip_rows: int = option(0, least=0)  # (ours) of it, left out before these: for choosing on other rows than one reports
 
 
 @dataclass
@@ -178,6 +180,7 @@ class BlimpConfig:
 @dataclass
 class EvaluationConfig:
     metrics: list[Literal["val", "paloma", "blimp"]] | None = field(default_factory=lambda: ["paloma"])
+    every_n_steps: int | None = None  # (ours) null: with every checkpoint; always at the end
     val: ValConfig = field(default_factory=ValConfig)
     paloma: PalomaConfig = field(default_factory=PalomaConfig)
     blimp: BlimpConfig = field(default_factory=BlimpConfig)
@@ -225,6 +228,7 @@ class LearningDynamicsConfig:
     batch_size: int = 8  # rows a forward of the snapshot; bounds its memory, not its size
     eval_data: str | None = "pico-lm/pretokenized-paloma-tinsy"  # of the val snapshot: Hub name, folder, or val
     max_rows: int | None = 2048  # (ours) rows of a snapshot at most; null: the whole batch, all of eval_data
+    steps: Literal["log"] | list[int] | None = option(None, least=0)  # (ours) snapshots at these too; log: 1, 2, 4, 8, ...
     optimizer_states: bool = False  # (ours) also keep the optimizer's state of these layers
 
 
@@ -247,6 +251,13 @@ class CheckpointingConfig:
     learning_dynamics: LearningDynamicsConfig | None = field(default_factory=LearningDynamicsConfig)  # null: none
 
 
+class Due(NamedTuple):
+    """What is to be written of a step."""
+    state: bool  # what a resume needs
+    evaluation: bool
+    snapshot: bool
+
+
 @dataclass
 class Config:
     data: DataConfig = field(default_factory=DataConfig)
@@ -261,6 +272,19 @@ class Config:
         """Updates after which the run ends: stop_at_step, or else the schedule's horizon."""
         stop = self.training.stop_at_step
         return self.training.max_steps if stop is None else min(stop, self.training.max_steps)
+
+    def due(self, step: int) -> Due:
+        """What is to be written of `step`: a function of it alone, so that a run that is resumed writes the same.
+
+        Snapshots come with every checkpoint, and at learning_dynamics.steps; log: powers of two, up to the first checkpoint.
+        """
+        every, dynamics = self.checkpointing.save_every_n_steps, self.checkpointing.learning_dynamics
+        last = step == self.last_step
+        state = last or step % every == 0
+        dense = dynamics is not None and (
+            step < every and step & (step - 1) == 0 if dynamics.steps == "log" else step in (dynamics.steps or ()))
+        evaluation = last or step % (self.evaluation.every_n_steps or every) == 0
+        return Due(state, evaluation, dense or dynamics is not None and state)
 
     def micro_batches(self, world: int) -> tuple[int, int]:
         """(rows a forward, forwards an update) for each of `world` ranks; ConfigError where they do not divide."""

@@ -95,6 +95,9 @@ def warnings(cfg: Config, world: int, device: str) -> list[str]:
         found.append(f"training.fabric.accelerator: no {fabric.accelerator} here; training on {device}")
     if optimization.lr_warmup_steps >= cfg.training.max_steps:
         found.append(f"lr_warmup_steps {optimization.lr_warmup_steps} >= max_steps {cfg.training.max_steps}: all is warm-up")
+    steps = cfg.checkpointing.learning_dynamics and cfg.checkpointing.learning_dynamics.steps
+    if isinstance(steps, list) and max(steps, default=0) > cfg.last_step:
+        found.append(f"checkpointing.learning_dynamics.steps: {max(steps)} is never reached; the run ends at {cfg.last_step}")
     if relora is not None:
         jagged = optimization.lr_scheduler == "relora_jagged_cosine"
         if jagged and relora.reset_frequency == 1:
@@ -152,4 +155,4 @@ def _is_fixed(key: str) -> bool:
     """Whether a run cannot change it when it is resumed."""
     if key in ("model.batch_size", "model.fast_paths", "training.optimization.gradient_accumulation_steps"):
         return False
-    return key in ("data.dataloader.batch_size", "training.seed") or key.startswith(("model.", "training.optimization."))
+    return key.startswith(("model.", "training.optimization.", "data.dataloader.")) or key == "training.seed"

@@ -147,8 +147,10 @@ def _coerce(hint: Any, value: Any, path: str, root: type) -> Any:
     """`value` as the type `hint`; numbers may be written as strings, since PyYAML reads 3e-4 as one."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         options = [h for h in typing.get_args(hint) if h is not types.NoneType]
-        missing = value is None or isinstance(value, Plain) and value.value is None
-        return None if missing else _coerce(options[0], value, path, root)
+        if value is None or isinstance(value, Plain) and value.value is None:
+            return None
+        listed = next((h for h in options if isinstance(value, list) and typing.get_origin(h) is list), options[0])
+        return _coerce(listed, value, path, root)
     if isinstance(value, Plain):
         as_text = value.value is not None and (hint is str or typing.get_origin(hint) is Literal)
         value = str(value) if as_text else value.value

@@ -138,8 +138,8 @@ class StreamedDataset(TokenDataset):
     open_shards = 2  # a map of a shard that has left the window would still hold its blocks
 
     def __init__(self, source: Source, cfg: DatasetConfig, vocab_size: int, batch_size: int, step: int = 0,
-                 seen: dict[int, int] | None = None):
-        self.source, self.cfg, self.batch_size = source, cfg, batch_size
+                 seen: dict[int, int] | None = None, first_row: int = 0):
+        self.source, self.cfg, self.batch_size, self.first_row = source, cfg, batch_size, first_row
         self.cache = ShardCache(source, source.home(cfg) / source.split)
         self.seen = dict(seen or {})
         self.fetcher: Fetcher | None = None
@@ -211,7 +211,7 @@ class StreamedDataset(TokenDataset):
 
     def _window(self, step: int) -> tuple[int, int]:
         """(shard of the first row of batch `step`, shard of its last), the second counted on past the end."""
-        first, total = step * self.batch_size, int(self.starts[-1])
+        first, total = self.first_row + step * self.batch_size, int(self.starts[-1])
         base = int(np.searchsorted(self.starts, first % total, side="right")) - 1
         end = first % total + self.batch_size - 1
         last = int(np.searchsorted(self.starts, end % total, side="right")) - 1 + end // total * len(self.source.files)
@@ -244,13 +244,15 @@ class StreamedDataset(TokenDataset):
 # ---- what a run opens ------------------------------------------------------------------------------------------
 
 def open_rows(cfg: DatasetConfig, vocab_size: int, batch_size: int, step: int = 0,
-              saved: dict[str, Any] | None = None) -> TokenDataset:
+              saved: dict[str, Any] | None = None, first_row: int = 0) -> TokenDataset:
     """The train split of cfg.name, a folder or a Hub dataset, which is streamed. Every rank must call it. Raises UserError."""
     folder = locate(cfg.name)
     if folder is not None:
-        return TokenDataset(folder)
+        dataset = TokenDataset(folder)
+        dataset.first_row = first_row
+        return dataset
     source = find(cfg.name, "train", cfg, saved["revision"] if saved else None)
-    return StreamedDataset(source, cfg, vocab_size, batch_size, step, saved["seen"] if saved else None)
+    return StreamedDataset(source, cfg, vocab_size, batch_size, step, saved["seen"] if saved else None, first_row)
 
 
 def open_dataset(data: DataConfig, model: ModelConfig, step: int, saved: dict[str, Any] | None) -> TokenDataset:
@@ -259,7 +261,8 @@ def open_dataset(data: DataConfig, model: ModelConfig, step: int, saved: dict[st
     Every rank must call it. Raises UserError where the rows do not fit the model or are not those of the checkpoint.
     """
     with naming("data.dataset.name"):
-        dataset = open_rows(data.dataset, model.vocab_size, data.dataloader.batch_size, step, saved)
+        loader = data.dataloader
+        dataset = open_rows(data.dataset, model.vocab_size, loader.batch_size, step, saved, loader.first_row)
     if dataset.row_length != model.max_seq_len + 1:
         raise ConfigError(f"model.max_seq_len: {model.max_seq_len} needs rows of {model.max_seq_len + 1} tokens, but "
                           f"{dataset.folder} has {dataset.row_length}; use model.max_seq_len={dataset.row_length - 1}")
@@ -267,7 +270,8 @@ def open_dataset(data: DataConfig, model: ModelConfig, step: int, saved: dict[st
         raise ConfigError(f"model.vocab_size: {model.vocab_size} is below the {dataset.vocab_size} of {dataset.folder}; "
                           f"use model.vocab_size={dataset.vocab_size}")
     some = min(len(dataset), 1 if isinstance(dataset, StreamedDataset) else 64)
-    first = dataset.rows(step * data.dataloader.batch_size, some)  # fails on a bad shard before anything is written
+    # fails on a bad shard before anything is written
+    first = dataset.rows(dataset.first_row + step * data.dataloader.batch_size, some)
     if saved and saved["fingerprint"] != dataset.fingerprint:
         raise ConfigError(f"data.dataset.name: {data.dataset.name} holds other tokens than the checkpoint was trained on; put "
                           f"the old ones back, or choose another checkpointing.run_name")

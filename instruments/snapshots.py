@@ -27,8 +27,8 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, gather_state, read_manifest, step_folders
-from config import ConfigError, LearningDynamicsConfig
+from checkpoint import CheckpointError, Writer, gather_state, read_manifest, step_folders, torch_writer
+from config import CheckpointingConfig, ConfigError, LearningDynamicsConfig
 from data import to_device
 from hub.tokenizers import Tokenizer
 from relora import HEAD, ReLoRALinear
@@ -137,10 +137,10 @@ def _add_weights(result: dict[str, dict[str, Tensor]], name: str, layer: nn.Modu
     gradients |= {f"{name}.lora_A": scale * (B.T @ gradient), f"{name}.lora_B": scale * (gradient @ A.T)}
 
 
-def snapshots_of(model: nn.Module, optimizers: list[torch.optim.Optimizer], rows: dict[str, np.ndarray | None],
-                 cfg: LearningDynamicsConfig, tokenizer: Tokenizer, device: torch.device) -> dict[str, dict]:
-    """{SPLIT_KIND: {name: tensor}} of the splits that have rows; on rank 0, empty elsewhere. Every rank must call it."""
-    found = {}
+def writers(model: nn.Module, optimizers: list[torch.optim.Optimizer], rows: dict[str, np.ndarray | None],
+            options: CheckpointingConfig, tokenizer: Tokenizer, device: torch.device) -> dict[str, Writer]:
+    """The files of the snapshots of each {split: rows} that has rows; on rank 0, none elsewhere. Every rank must call it."""
+    found, cfg = {}, options.learning_dynamics
     for split, split_rows in rows.items():
         if split_rows is not None:
             kinds = snapshot(model, split_rows, cfg, device)
@@ -148,7 +148,8 @@ def snapshots_of(model: nn.Module, optimizers: list[torch.optim.Optimizer], rows
             found |= {f"{split}_{kind}": tensors for kind, tensors in kinds.items()}
     if cfg.optimizer_states:
         found["train_optimizer"] = optimizer_states(gather_state(model, optimizers)["optimizer"], cfg.layer_suffixes)
-    return found if dist.rank() == 0 else {}
+    where = options.learning_dynamics_dir
+    return {f"{where}/{name}.pt": torch_writer(value) for name, value in found.items()} if dist.rank() == 0 else {}
 
 
 def optimizer_states(state: dict[str, dict], suffixes: list[str]) -> dict[str, Tensor]:

@@ -50,6 +50,9 @@ class Progress:
         self.sums = torch.stack([loss_sum + torch.where(bad > 0, 0.0, loss), good + 1 - bad, total + bad, row,
                                  torch.maximum(worst, row), grad_norm])
 
+    def count_merge(self, step: int) -> None:
+        self.reset_count, self.merged_at = self.reset_count + 1, step
+
     def start_window(self, step: int) -> None:
         self._start, self._first_step = time.perf_counter(), step
 

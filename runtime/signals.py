@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from config import UserError
 from runtime import dist
 from runtime.errors import Ending
 
@@ -70,3 +71,13 @@ def stop_point(caught: int | None = None) -> None:
     number = dist.max_over_ranks(_caught)[0] if caught is None else caught
     if number:
         raise Stopped(number)
+
+
+def end_together(problem: UserError | None, waiting: bool = False) -> int:
+    """A vote, which every rank must hold: raises Ending if any rank has a reason; whether any rank is `waiting`."""
+    ended, caught, anyone_waits = dist.max_over_ranks(problem is not None, _caught, waiting)
+    if ended:  # every rank raises the first error met
+        mine = problem and (str(problem), problem.exit_code)
+        raise Ending(*next(theirs for theirs in dist.all_gather_object(mine) if theirs))
+    stop_point(caught)
+    return anyone_waits

@@ -280,6 +280,11 @@ class Lab:
         return torch.load(self.folder / name / f"checkpoints/step_{step}/training_state/checkpoint.pt")
 
 
+def checkpoint_names(step_folder: Path) -> set[str]:
+    """The files that a step's manifest names."""
+    return set(json.loads((step_folder / "manifest.json").read_text())["files"])
+
+
 def metrics(run_folder: Path, key: str = "train/loss") -> dict[int, float]:
     """{step: value} of one key of metrics.jsonl, which must be strict JSON without a step told twice."""
     def refuse(constant: str) -> None:
