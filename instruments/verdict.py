@@ -1,0 +1,231 @@
+"""What a study came to: a table with intervals, figures and a page, from the results of its runs (study.py)."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics as plain
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from checkpoint import read_state, step_folders
+from hub.llama import load_plain
+from instruments import measures
+from instruments.plots import over_steps, pyplot, training_record
+from instruments.report import Page, table
+from instruments.statistics import LEVEL, Interval, interval, paired_difference
+from runtime.files import write_json
+from runtime.progress import perplexity
+
+COLUMNS = ("arm", "learning_rate", "at_edge", "seeds", "loss", "loss_low", "loss_high", "perplexity", "difference",
+           "difference_low", "difference_high", "p", "tokens", "seconds", "peak_bytes", "trainable")
+
+
+class Result(NamedTuple):
+    """One run: losses in nats a token on the rows of val that count and on those that choose, and what it took."""
+    arm: str
+    rate: float
+    seed: int
+    final: bool
+    loss: float  # infinite where the run diverged
+    selection: float
+    folder: Path
+    peak_bytes: int | None
+    tokens: int
+    seconds: float  # of training
+    trainable: int | None  # parameters that the optimizer held at the end
+
+
+# ---- from a run's folder --------------------------------------------------------------------------------------------
+
+def last_loss(run: Path) -> float:
+    """The latest val loss that training recorded."""
+    losses = training_record(run)["eval/val_loss"]
+    return float(losses[-1][1]) if losses else math.inf
+
+
+def costs(run: Path) -> dict[str, Any]:
+    """{tokens, seconds, trainable} of a run so far."""
+    record, seconds, before = training_record(run), 0.0, 0
+    for (_, tokens), (_, speed) in zip(record["tokens"], record["tokens_per_second"]):
+        seconds, before = seconds + (tokens - before) / speed, tokens
+    states = [path for folder in step_folders(run / "checkpoints") if (path := folder / "training_state/checkpoint.pt").exists()]
+    state = read_state(states[0]) if states else None
+    trainable = sum(state["model"][name].numel() for name in state["optimizer"]) if state else None
+    return {"tokens": before, "seconds": seconds, "trainable": trainable}
+
+
+def update_ranks(run: Path) -> list[tuple[int, float]]:
+    """[(step, mean effective rank of the cumulative update of the blocks' matrices)] over a run's checkpoints."""
+    folders = list(reversed(step_folders(run / "checkpoints")))
+    if len(folders) < 2:
+        return []
+    first, found = load_plain(folders[0])[1], []
+    names = [name for name, tensor in first.items() if name.startswith("layers.") and tensor.dim() == 2]
+    for folder in folders[1:]:
+        weights = load_plain(folder)[1]
+        ranks = [measures.effective_rank(measures.singular_values(weights[name] - first[name])) for name in names
+                 if not weights[name].equal(first[name])]
+        if ranks:
+            found.append((int(folder.name.removeprefix("step_")), plain.fmean(ranks)))
+    return found
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------------
+
+def arm_row(arm: str, rate: float | None, results: list[Result], reference: list[Result]) -> dict[str, Any]:
+    """One line of the table: the arm's final runs, beside the reference's of the same seeds."""
+    finals = [result for result in results if result.arm == arm and result.final]
+    rates = sorted({result.rate for result in results if result.arm == arm and not result.final})
+    row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
+        "arm": arm, "learning_rate": rate, "seeds": len(finals),
+        "at_edge": rate is not None and len(rates) > 1 and rate in (rates[0], rates[-1])}
+    if not finals:
+        return row
+    losses = {result.seed: result.loss for result in finals}
+    mean = interval(list(losses.values())) if all(map(math.isfinite, losses.values())) else Interval(math.inf, None, None)
+    row |= {"loss": mean.mean, "loss_low": mean.low, "loss_high": mean.high, "perplexity": perplexity(mean.mean),
+            "tokens": finals[0].tokens, "seconds": plain.median(result.seconds for result in finals),
+            "peak_bytes": max((result.peak_bytes or 0 for result in finals)) or None, "trainable": finals[0].trainable}
+    others = {result.seed: result.loss for result in reference}
+    both = [seed for seed in losses if seed in others and math.isfinite(losses[seed] - others[seed])]
+    if both and [result.arm for result in reference] != [arm] * len(reference):
+        found = paired_difference([losses[seed] for seed in both], [others[seed] for seed in both])
+        row |= {"difference": found.mean, "difference_low": found.low, "difference_high": found.high, "p": found.p}
+    return row
+
+
+def write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def shown(rows: list[dict[str, Any]], reference: str) -> tuple[list[str], list[list[str]]]:
+    """(head, lines) of the table as people read it."""
+    def span(row: dict[str, Any], key: str, sign: str = "") -> str:
+        if row[key] is None:
+            return ""
+        reach = "" if row[f"{key}_low"] is None else f" +- {(row[f'{key}_high'] - row[f'{key}_low']) / 2:.4f}"
+        return f"{row[key]:{sign}.4f}{reach}"
+
+    def number(value: Any, form: str) -> str:
+        return "" if value is None else format(value, form)
+    head = ["arm", "learning rate", "seeds", "val loss", "perplexity", f"minus {reference}", "p", "tokens", "seconds",
+            "peak MB", "trainable"]
+    lines = [[row["arm"], number(row["learning_rate"], "g") + (" (edge)" if row["at_edge"] else ""), str(row["seeds"]),
+              span(row, "loss"), number(row["perplexity"], ".3f"), span(row, "difference", "+"), number(row["p"], ".2g"),
+              number(row["tokens"], ","), number(row["seconds"], ".0f"),
+              number(row["peak_bytes"] and row["peak_bytes"] / 1e6, ".0f"), number(row["trainable"], ",")] for row in rows]
+    return head, lines
+
+
+def as_text(head: list[str], lines: list[list[str]]) -> str:
+    """A table in columns, for a terminal."""
+    widths = [max(map(len, column)) for column in zip(head, *lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *lines))
+
+
+# ---- the figures -------------------------------------------------------------------------------------------------------
+
+def bands(runs: Iterable[list[tuple[int, float]]]) -> list[tuple[int, Interval]]:
+    """[(step, mean and interval over the runs)] of the steps that all of them have."""
+    runs = [dict(points) for points in runs if points]
+    shared = sorted(set.intersection(*map(set, runs))) if runs else []
+    return [(step, interval([points[step] for points in runs])) for step in shared]
+
+
+def draw_band(axis, points: list[tuple[int, Interval]], colour: str, label: str) -> None:
+    if not points:
+        return
+    steps, spans = zip(*points)
+    axis.plot(steps, [span.mean for span in spans], color=colour, linewidth=1.2, label=label)
+    if all(span.low is not None for span in spans):
+        axis.fill_between(steps, [span.low for span in spans], [span.high for span in spans], color=colour, alpha=0.2)
+
+
+def plot_bands(plt, found: dict[str, list[tuple[int, Interval]]], label: str, log: bool = False):
+    if not any(found.values()):
+        return None
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for number, (arm, points) in enumerate(found.items()):
+        draw_band(axis, points, f"C{number}", arm)
+    axis.set_ylabel(label)
+    if log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:.3g}")
+    over_steps(axis)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def plot_losses(plt, rows: list[dict[str, Any]], finals: list[Result]):
+    """Each arm's mean with its interval, and its runs as points."""
+    rows = [row for row in rows if row["loss"] is not None and math.isfinite(row["loss"])]
+    if not rows:
+        return None
+    figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.4 * len(rows)), layout="constrained")
+    for height, row in enumerate(reversed(rows)):
+        losses = [result.loss for result in finals if result.arm == row["arm"]]
+        axis.plot(losses, [height] * len(losses), "o", color="0.6", markersize=3)
+        reach = None if row["loss_low"] is None else [[row["loss"] - row["loss_low"]], [row["loss_high"] - row["loss"]]]
+        axis.errorbar([row["loss"]], [height], xerr=reach, fmt="o", color="tab:blue", capsize=3)
+    axis.set_yticks(range(len(rows)), [row["arm"] for row in reversed(rows)])
+    axis.set_xlabel(f"val loss (nats a token): mean of the seeds, {LEVEL:.0%} interval; grey: single runs")
+    return figure
+
+
+def plot_rates(plt, arms: Iterable[str], results: list[Result]):
+    """Loss on the selection rows over the learning rate, an arm a line."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for number, arm in enumerate(arms):
+        tried: dict[float, list[float]] = {}
+        for result in results:
+            if result.arm == arm and not result.final and math.isfinite(result.selection):
+                tried.setdefault(result.rate, []).append(result.selection)
+        points = [(rate, plain.fmean(losses)) for rate, losses in sorted(tried.items())]
+        if points:
+            axis.plot(*zip(*points), "o-", color=f"C{number}", markersize=4, linewidth=1, label=arm)
+            axis.plot(*min(points, key=lambda point: point[1]), "o", color=f"C{number}", markersize=9, markerfacecolor="none")
+    axis.set_xscale("log")
+    axis.set(xlabel="learning rate (ringed: the one taken)", ylabel="val loss on the rows that choose (nats a token)")
+    axis.legend(fontsize=8)
+    return figure
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------------
+
+def write(name: str, reference: str, best: dict[str, float | None], results: list[Result], out: Path) -> str:
+    """table.csv, study.json, study.html and the figures of a study; returns its table as text, and where the page is.
+
+    `best` holds each arm's rate, None where its sweep has not ended.
+    """
+    finals = [result for result in results if result.final]
+    chosen = [result for result in finals if result.arm == reference]
+    rows = [arm_row(arm, rate, results, chosen) for arm, rate in best.items()]
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(rows, out / "table.csv")
+    write_json(out / "study.json", {"study": name, "reference": reference, "level": LEVEL, "table": rows,
+                                    "runs": [result._asdict() | {"folder": str(result.folder)} for result in results]})
+    head, lines = shown(rows, reference)
+    edges = [row["arm"] for row in rows if row["at_edge"]]
+    warning = f"The best rate of {', '.join(edges)} is the last that was tried: a better one may lie beyond." if edges else ""
+    plt = pyplot()
+    page = Page(plt, f"Study {name}", out)
+    runs = {arm: [result.folder for result in finals if result.arm == arm] for arm in best}
+    page.chapter("The arms", f"Mean over the seeds and {LEVEL:.0%} interval (Student's t); differences are paired by seed, p is "
+                 f"of the paired t-test, not corrected for the number of arms. {warning}", table(head, lines),
+                 page.picture("losses", plot_losses(plt, rows, finals)))
+    curves = {arm: bands(training_record(run)["train/loss"] for run in folders) for arm, folders in runs.items()}
+    page.chapter("Training", "Mean over the seeds, and its interval.",
+                 page.picture("training", plot_bands(plt, curves, "training loss (nats a token, log scale)", log=True)))
+    ranks = {arm: bands(map(update_ranks, folders)) for arm, folders in runs.items()}
+    page.chapter("Rank of the update", "Effective rank, exp of the entropy of the normalised singular values, of each matrix's "
+                 "weight minus that at step 0; mean over the blocks' matrices that have changed.",
+                 page.picture("update_rank", plot_bands(plt, ranks, "effective rank of the cumulative update")))
+    page.chapter("Learning rates", "", page.picture("rates", plot_rates(plt, best, results)))
+    path = page.write().replace(out / "study.html")
+    return f"{as_text(head, lines)}\n{warning and f'warning: {warning}' + chr(10)}open {path}"
