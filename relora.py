@@ -33,7 +33,7 @@ def kaiming_uniform(shape: Iterable[int], seed: int) -> Tensor:
 class ReLoRALinear(nn.Module):
     """A linear layer without bias, adapted. `name` is its place in the model: draws depend on it."""
 
-    resets, resets_adam_step = FACTORS, True  # at a merge, of the optimizer's state; instruments/faults.py has it otherwise
+    resets, resets_adam_step, prunes_apart = FACTORS, True, False  # at a merge; instruments/faults.py has it otherwise
 
     def __init__(self, linear: nn.Linear, cfg: ReLoRAConfig, name: str, seed: int):
         super().__init__()
@@ -127,10 +127,7 @@ def apply_relora(model: nn.Module, cfg: ReLoRAConfig, seed: int = 42, layer_type
 # ---- merge and reset ---------------------------------------------------------------------------------------
 
 def merge_due(step: int, cfg: ReLoRAConfig | None, lr_warmup_steps: int) -> bool:
-    """Whether adapters merge after `step` updates, before the next: where the jagged schedule restarts.
-
-    (In a warm start longer than a cycle the schedule restarts too, without anything to merge.)
-    """
+    """Whether adapters merge after `step` updates, before the next: where the jagged schedule restarts."""
     return (cfg is not None and not cfg.lora_only and step > 0 and step % cfg.reset_frequency == 0
             and step > cfg.warm_start_steps and step >= lr_warmup_steps)
 
@@ -154,8 +151,8 @@ def reset_optimizer(optimizers: Iterable[torch.optim.Optimizer], model: nn.Modul
     """Prune the optimizers' state of every adapter as cfg.optimizer_reset says; returns the share that is now 0.
 
     All state tensors of a parameter are pruned at the same places: B = 0 gives A no gradient at first, so a first
-    moment whose second moment was pruned would be divided by eps alone. Adam's `step` becomes 0 too, or its bias
-    correction would make the next update 1 / sqrt(1 - beta2) too large. Raises ConfigError for state of another shape.
+    moment whose second moment was pruned would be divided by eps alone. Adam's `step` becomes 0 too, or the next update
+    would be (1 - beta1) / sqrt(1 - beta2) times as large, 3.16. Raises ConfigError for state of another shape.
     """
     zeros, entries, optimizers = 0, 0, list(optimizers)
     for layer in relora_layers(model).values():
@@ -166,11 +163,11 @@ def reset_optimizer(optimizers: Iterable[torch.optim.Optimizer], model: nn.Modul
             moments = [v for _, v in values if v.dim()]
             if reset.mode != "none":
                 check_shapes(values, layer, leaf)
-                kept = kept_places([dist.full_tensor(v) for v in moments], reset.mode, reset.ratio,
-                                   dist.derive_seed(seed, step, layer.name, leaf))
-                for _, value in values:
+                whole = [dist.full_tensor(v).clone() for v in moments]
+                for key, value in values:
                     if value.dim():
-                        value.mul_(dist.shard_like(kept, value))
+                        drawn = dist.derive_seed(seed, step, layer.name, leaf, *([key] if layer.prunes_apart else []))
+                        value.mul_(dist.shard_like(kept_places(whole, reset.mode, reset.ratio, drawn), value))
                     elif layer.resets_adam_step:
                         value.zero_()
             zeros += sum(int((dist.full_tensor(v) == 0).sum()) for v in moments)

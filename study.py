@@ -106,7 +106,7 @@ class Worker:
     def __init__(self, plan: Plan, job: Job, device: int | None):
         self.plan, self.job, self.device, self.begun, self.peak = plan, job, device, time.monotonic(), 0
         plan.folder(job).parent.mkdir(parents=True, exist_ok=True)
-        self.errors = plan.folder(job).with_suffix(".err")
+        self.errors = plan.out / job.arm / f"{job.name}.err"
         self.steps = self._commands()
         self.process = self._start(next(self.steps))
 

@@ -83,7 +83,7 @@ class ReLoRAConfig:
     warm_start_steps: int = option(0, least=0)  # (ours) full-rank updates first; Lialin et al. gain 9 perplexity at 130M
     optimizer_reset: OptimizerResetConfig = field(default_factory=OptimizerResetConfig)
     reference_faults: list[Literal["dead_adapters", "unscaled_merge", "undone_reset", "late_merge", "kept_adam_step",
-                                   "kept_scaling"]] = field(default_factory=list)  # (ours) to reproduce published runs
+                                   "kept_scaling", "pruned_apart"]] = field(default_factory=list)  # (ours) to reproduce others
 
     @property
     def has_initial_weights(self) -> bool:

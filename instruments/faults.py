@@ -6,6 +6,7 @@
     late_merge       merges come one step after the schedule's restart
     kept_adam_step   Adam's step is not set back with its moments
     kept_scaling     the moments of a trainable scaling are not reset with the factors'
+    pruned_apart     `random` draws the places that it prunes for each moment by itself
 
 They are subclasses of the layer and hooks around the step; `model.relora.reference_faults` names those that train.py puts in.
 """
@@ -49,8 +50,12 @@ class KeptScaling(ReLoRALinear):
     resets = ("lora_A", "lora_B")
 
 
+class PrunedApart(ReLoRALinear):
+    prunes_apart = True
+
+
 LAYERS = {"dead_adapters": DeadAdapters, "unscaled_merge": UnscaledMerge, "undone_reset": UndoneReset,
-          "kept_adam_step": KeptAdamStep, "kept_scaling": KeptScaling}
+          "kept_adam_step": KeptAdamStep, "kept_scaling": KeptScaling, "pruned_apart": PrunedApart}
 
 
 def layer_type(cfg: ReLoRAConfig | None) -> type[ReLoRALinear]:

@@ -96,3 +96,15 @@ def test_the_reference_leaves_the_moments_of_a_trainable_scaling_alone(faults):
             assert state["exp_avg"].any() == state["exp_avg_sq"].any() == bool(state["step"]) == bool(faults), name
         elif is_adapter(name):
             assert not state["exp_avg"].any() and not state["step"]
+
+
+@pytest.mark.parametrize("faults", [[], ["pruned_apart"]])
+def test_moments_pruned_apart_leave_first_moments_without_a_second(faults):
+    lab = trained(optimizer_reset={"mode": "random", "ratio": 0.5}, reference_faults=faults)
+    merge(lab), reset(lab)
+    for name, state in moments(lab).items():
+        if is_adapter(name):
+            first, second = state["exp_avg"] != 0, state["exp_avg_sq"] != 0
+            count = round(0.5 * first.numel())
+            assert (~first).sum() >= count and (~second).sum() >= count
+            assert bool((first & ~second).any()) == bool(faults), name
