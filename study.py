@@ -21,6 +21,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +107,7 @@ class Worker:
     def __init__(self, plan: Plan, job: Job, device: int | None):
         self.plan, self.job, self.device, self.begun, self.peak = plan, job, device, time.monotonic(), 0
         plan.folder(job).parent.mkdir(parents=True, exist_ok=True)
-        self.errors = plan.out / job.arm / f"{job.name}.err"
+        self.errors = tempfile.TemporaryFile()  # what the process has to say, read only if it fails
         self.steps = self._commands()
         self.process = self._start(next(self.steps))
 
@@ -122,9 +123,8 @@ class Worker:
         env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if self.device is not None:
             env["CUDA_VISIBLE_DEVICES"] = str(self.device)
-        with open(self.errors, "w", encoding="utf-8") as file:
-            return subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], env=env, stdout=subprocess.DEVNULL,
-                                    stderr=file, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
+        return subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], env=env, stdout=subprocess.DEVNULL,
+                                stderr=self.errors, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
 
     def ended(self) -> bool:
         """Whether the run is over; raises UserError where it failed."""
@@ -132,17 +132,18 @@ class Worker:
         code = self.process.poll()
         if code is None:
             return False
-        diverged = code and DIVERGED in self.errors.read_text(encoding="utf-8", errors="replace")
+        self.errors.seek(0)
+        told = self.errors.read().decode(errors="replace").strip().splitlines()[-1:] if code else []
+        diverged = any(DIVERGED in line for line in told)
         if code and not diverged:
-            told = self.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or [f"exit code {code}"]
-            raise UserError(f"{self.plan.folder(self.job)}: {told[0].removeprefix('error: ')}")
+            raise UserError(f"{self.plan.folder(self.job)}: {told[0].removeprefix('error: ') if told else f'exit code {code}'}")
         folder = self.plan.folder(self.job)
         if not (folder / "study.json").exists():  # before an evaluation: what is measured is training
             files.write_json(folder / "study.json", {"peak_bytes": self.peak or None, **verdict.costs(folder)})
         if not diverged and (following := next(self.steps, None)) is not None:
             self.process = self._start(following)
             return False
-        self.errors.unlink(missing_ok=True)
+        self.errors.close()
         return True
 
 

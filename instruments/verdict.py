@@ -192,7 +192,8 @@ def plot_rates(plt, arms: Iterable[str], results: list[Result]):
             axis.plot(*min(points, key=lambda point: point[1]), "o", color=f"C{number}", markersize=9, markerfacecolor="none")
     axis.set_xscale("log")
     axis.set(xlabel="learning rate (ringed: the one taken)", ylabel="val loss on the rows that choose (nats a token)")
-    axis.legend(fontsize=8)
+    if axis.get_lines():
+        axis.legend(fontsize=8)
     return figure
 
 
