@@ -136,7 +136,8 @@ class Worker:
         told = self.errors.read().decode(errors="replace").strip().splitlines()[-1:] if code else []
         diverged = any(DIVERGED in line for line in told)
         if code and not diverged:
-            raise UserError(f"{self.plan.folder(self.job)}: {told[0].removeprefix('error: ') if told else f'exit code {code}'}")
+            reason = told[0].removeprefix("error: ") if told else f"exit code {code}"
+            raise UserError(f"{self.plan.folder(self.job)}: {reason}")
         folder = self.plan.folder(self.job)
         if not (folder / "study.json").exists():  # before an evaluation: what is measured is training
             files.write_json(folder / "study.json", {"peak_bytes": self.peak or None, **verdict.costs(folder)})
@@ -200,8 +201,8 @@ def _found(plan: Plan) -> dict[Job, verdict.Result]:
         for job in found:
             saved = load_config(plan.folder(job) / "training_config.yaml")
             if saved != plan.config(job):
-                raise ConfigError(f"{plan.folder(job)}: is of another study, or of an earlier state of this file; move {plan.out} "
-                                  "away, or put the file back")
+                raise ConfigError(f"{plan.folder(job)}: is of another study, or of an earlier state of this file; move "
+                                  f"{plan.out} away, or put the file back")
         results |= found
 
 

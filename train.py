@@ -4,8 +4,7 @@
     python train.py config/demo.yaml training.max_steps=100            # one process
 
 Read `loop` first: save when due; merge when due; set the learning rate; accumulate; step; log. "Step N" is the state
-after N global batches and before batch N + 1. Killed at any moment, the same command goes on from the newest checkpoint
-and ends with the same weights.
+after N global batches and before batch N + 1. Killed at any moment, the same command goes on, to the same weights.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import evaluate
 from config import Config, UserError, load_config, to_dict
 from data import BatchLoader, DataError, TokenDataset, to_device
 from hub import architecture, llama, streaming, tokenizers, uploads
-from instruments import faults, snapshots
+from instruments import faults, forks, snapshots
 from model import PicoDecoder
 from optim import make_optimizers, set_learning_rate
 from relora import apply_relora, has_adapters, merge_and_reinit, merge_due, relora_layers, reset_optimizer
@@ -105,7 +104,7 @@ def loop(state: TrainState, services: Services, batches: BatchLoader) -> None:
     services.folder.start_bar(state.step, cfg.last_step)
     state.progress.start_window(state.step)
     while True:
-        due = cfg.due(state.step)
+        due = cfg.due(state.step, first=services.saved is None)
         if state.step < cfg.last_step or due.snapshot and services.snapshot != state.step:
             batch = next_batch(state, services, batches)  # before the snapshot, which looks at the same rows and could not wait
         if any(due):
@@ -327,38 +326,38 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
         notes += config.check_resume(saved, cfg, dist.world_size(), found)
     elif not notes:  # else its checkpoints are there, and are damaged
         folder.check_no_record(cfg.checkpointing.save_every_n_steps)
+    saved = saved or forks.fork(cfg)
     dataset = streaming.open_dataset(cfg.data, cfg.model, saved["step"] if saved else 0, saved["data"] if saved else None)
     tokenizer_folder, tokenizer = dataset.tokenizer_folder, tokenizers.load_tokenizer(dataset.tokenizer_folder)
     setting = evaluate.Setting(cfg.evaluation, cfg.data.dataset, cfg.model, dataset.folder.parent, tokenizer, device)
     evaluators, val_rows = evaluate.make_evaluators(setting), setting.snapshot_rows(dynamics) if dynamics else None
     weights = llama.starting_weights(cfg.training.start_from, cfg.model) if cfg.training.start_from and not saved else None
     not_llama = dist.on_rank0(lambda: architecture.check_code(cfg.model))
-    folder.open()
+    folder.open(fresh=found is None, fork=saved and saved.get("fork"))
     sends = cfg.checkpointing.save_to_hf and dist.rank() == 0
-    uploader = uploads.Uploader(folder.path, cfg.checkpointing, fresh=saved is None) if sends else None
+    uploader = uploads.Uploader(folder.path, cfg.checkpointing, fresh=found is None) if sends else None
     saver = checkpoint.Saver(cfg.checkpointing, folder.path, uploader.kick if uploader else lambda: None)
     services = Services(folder, dataset, tokenizer, tokenizer_folder, evaluators, val_rows, saver, uploader, not_llama)
     notes += [f"the model is no Llama to other programs: {not_llama}; checkpoints keep our own names"] if not_llama else []
     for note in notes + config.warnings(cfg, dist.world_size(), device.type):
         log.warning(note)
-    state = resume(cfg, device, services, found, saved) if saved else start(cfg, device, services, weights)
+    adapters = cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0
+    state = resume(cfg, device, services, found, saved) if saved else new_state(cfg, device, adapters, weights)
     describe(state, services)
     folder.start_wandb()
     return state, services
 
 
-def start(cfg: Config, device: torch.device, services: Services, weights: dict[str, Tensor] | None) -> TrainState:
-    services.folder.set_metrics_aside()  # the record of an attempt that left no checkpoint
-    return new_state(cfg, device, cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0, weights)
-
-
-def resume(cfg: Config, device: torch.device, services: Services, found: Path, saved: dict[str, Any]) -> TrainState:
-    """The run as the step folder `found` holds it; what should be derived from that step and is not, is left to do."""
+def resume(cfg: Config, device: torch.device, services: Services, found: Path | None, saved: dict[str, Any]) -> TrainState:
+    """The run as its step folder `found` holds it, or a fork; what should be derived from that step and is not, is left to do."""
     state = new_state(cfg, device, has_adapters(saved["model"]), saved["model"], saved["optimizer"])
     state.progress.load(saved["progress"])
-    state.step = services.saved = saved["step"]
+    state.step = saved["step"]
     if state.progress.merged_at == state.step:
         faults.repeat_reset(state.model, cfg.training.seed, state.step)
+    if found is None:
+        return state
+    services.saved = state.step
     if services.folder.rewind_metrics(state.step, saved["metrics_bytes"], saved.get("metrics_sha256")):
         services.evaluated = state.step
     if dist.on_rank0(lambda: checkpoint.holds(found, cfg.checkpointing.learning_dynamics_dir)):

@@ -145,6 +145,7 @@ class TrainingConfig:
     grad_clip: float | None = None  # (ours) largest gradient norm; the published runs do not clip
     compile: bool | None = None  # (ours) torch.compile each block; null: on CUDA, where it pays
     start_from: str | None = None  # (ours) a run, step or Llama folder to take weights from: Lialin's other warm start
+    fork_from: str | None = None  # (ours) a run or step folder whose whole state, moments and position too, this run begins with
     hang_timeout_minutes: float = option(30, most=1e6)  # (ours) a rank silent for so long shows where it hangs, and ends the run
     max_nonfinite_steps: int = 20  # (ours) skipped updates in a row after which the run stops
     fabric: FabricConfig = field(default_factory=FabricConfig)
@@ -273,14 +274,15 @@ class Config:
         stop = self.training.stop_at_step
         return self.training.max_steps if stop is None else min(stop, self.training.max_steps)
 
-    def due(self, step: int) -> Due:
+    def due(self, step: int, first: bool = False) -> Due:
         """What is to be written of `step`: a function of it alone, so that a run that is resumed writes the same.
 
         Snapshots come with every checkpoint, and at learning_dynamics.steps; log: powers of two, up to the first checkpoint.
+        A checkpoint is also written of the `first` step that a run makes, wherever it begins.
         """
         every, dynamics = self.checkpointing.save_every_n_steps, self.checkpointing.learning_dynamics
         last = step == self.last_step
-        state = last or step % every == 0
+        state = last or first or step % every == 0
         dense = dynamics is not None and (
             step < every and step & (step - 1) == 0 if dynamics.steps == "log" else step in (dynamics.steps or ()))
         evaluation = last or step % (self.evaluation.every_n_steps or every) == 0

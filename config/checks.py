@@ -34,6 +34,8 @@ def check(cfg: Config) -> None:
     _check_model(cfg, require)
     _check_names(cfg, values, require)
     require(len(cfg.training.optimization.betas) == 2, "training.optimization.betas", "must be two numbers, such as [0.9, 0.999]")
+    require(None in (cfg.training.fork_from, cfg.training.start_from), "training.fork_from",
+            "begins with another weights than start_from; drop one of them")
     optimization, relora = cfg.training.optimization, cfg.model.relora
     if optimization.lr_scheduler == "relora_jagged_cosine":
         require(relora is not None, "training.optimization.lr_scheduler", "needs a model.relora section: it restarts at merges")

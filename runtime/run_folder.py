@@ -105,11 +105,14 @@ class RunFolder:
         """Nobody else may use the folder from here on, if it is there. Every rank must call it. Raises ConfigError."""
         dist.on_rank0(lambda: self._lock.acquire() if self.path.is_dir() and not self._lock.held else None)
 
-    def open(self) -> None:
-        """Make the folder; what stands in it of an earlier process's end is not true any more."""
-        dist.on_rank0(self._open)
+    def open(self, fresh: bool = False, fork: dict[str, Any] | None = None) -> None:
+        """Make the folder; what stands in it of an earlier process's end is not true any more.
 
-    def _open(self) -> None:
+        For a `fresh` run the record of an attempt that left no checkpoint is kept aside; `fork` tells where it began.
+        """
+        dist.on_rank0(lambda: self._open(fresh, fork))
+
+    def _open(self, fresh: bool, fork: dict[str, Any] | None) -> None:
         try:
             found = self._lock.held or not self.path.is_dir()
             files.make_folders(self.path / self.checkpointing.logs_dir)
@@ -126,6 +129,10 @@ class RunFolder:
             (self.path / "exit.json").unlink(missing_ok=True)
             files.write_text(self.path / ".launcher", _launcher())
             files.write_text(self.path / "training_config.yaml", yaml.safe_dump(self.resolved, sort_keys=False))
+            if fork is not None:
+                files.write_json(self.path / "fork.json", fork)
+            if fresh and self.metrics_path.exists():
+                log.warning(f"the record so far of {self.path} is kept as {files.set_aside(self.metrics_path).name}")
         except OSError as error:
             raise UserError(f"checkpointing.runs_dir: {self.path} cannot be written ({error.strerror})") from None
         self.opened = True
@@ -165,16 +172,11 @@ class RunFolder:
         """Raise UserError where a run without a checkpoint must once have had one. Every rank must call it."""
         def check() -> None:
             trained = [line["step"] for line in _objects(self.metrics_path.read_bytes())] if self.metrics_path.exists() else []
-            if max(trained, default=0) > save_every:  # by then the checkpoint of step 0 was on the disk
+            if max(trained, default=0) - min(trained, default=0) > save_every:  # by then its first checkpoint was on the disk
                 raise UserError(f"{self.path}: holds the record of {max(trained)} steps, but no checkpoint; put its "
                                 f"{self.checkpointing.checkpoints_dir}/ back, choose another run_name, or delete metrics.jsonl "
                                 "to begin anew")
         dist.on_rank0(check)
-
-    def set_metrics_aside(self) -> None:
-        """Keep the record of an attempt that left no checkpoint."""
-        if self.writes and self.metrics_path.exists():
-            log.warning(f"the record so far of {self.path} is kept as {files.set_aside(self.metrics_path).name}")
 
     def rewind_metrics(self, step: int, size: int, sha256: str | None = None) -> bool:
         """Drop the lines that were written after the checkpoint of `step`, which counted `size` bytes; its own evaluation stays.
