@@ -61,7 +61,6 @@ class Services:
     folder: RunFolder
     dataset: TokenDataset
     tokenizer: tokenizers.Tokenizer
-    tokenizer_folder: Path
     evaluators: dict[str, evaluate.Evaluator]
     val_rows: np.ndarray | None  # of the val snapshot
     saver: checkpoint.Saver
@@ -287,7 +286,8 @@ def write_step(state: TrainState, services: Services, resumable: bool = True) ->
     whole = checkpoint.gather_state(state.model, state.optimizers if resumable else [])
     services.saved = state.step if resumable else services.saved
     if dist.rank() == 0:
-        writers = llama.writers(whole["model"], state.cfg.model, services.tokenizer_folder, not_llama=services.not_llama)
+        tokenizer = services.dataset.tokenizer_folder
+        writers = llama.writers(whole["model"], state.cfg.model, tokenizer, not_llama=services.not_llama)
         if resumable:
             next_row = services.dataset.first_row + state.step * state.cfg.data.dataloader.batch_size
             data = services.dataset.state | {"next_row": next_row, "micro_rows": state.cfg.micro_batches(dist.world_size())[0]}
@@ -328,7 +328,7 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
         folder.check_no_record(cfg.checkpointing.save_every_n_steps)
     saved = saved or forks.fork(cfg)
     dataset = streaming.open_dataset(cfg.data, cfg.model, saved["step"] if saved else 0, saved["data"] if saved else None)
-    tokenizer_folder, tokenizer = dataset.tokenizer_folder, tokenizers.load_tokenizer(dataset.tokenizer_folder)
+    tokenizer = tokenizers.load_tokenizer(dataset.tokenizer_folder)
     setting = evaluate.Setting(cfg.evaluation, cfg.data.dataset, cfg.model, dataset.folder.parent, tokenizer, device)
     evaluators, val_rows = evaluate.make_evaluators(setting), setting.snapshot_rows(dynamics) if dynamics else None
     weights = llama.starting_weights(cfg.training.start_from, cfg.model) if cfg.training.start_from and not saved else None
@@ -337,39 +337,40 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
     sends = cfg.checkpointing.save_to_hf and dist.rank() == 0
     uploader = uploads.Uploader(folder.path, cfg.checkpointing, fresh=found is None) if sends else None
     saver = checkpoint.Saver(cfg.checkpointing, folder.path, uploader.kick if uploader else lambda: None)
-    services = Services(folder, dataset, tokenizer, tokenizer_folder, evaluators, val_rows, saver, uploader, not_llama)
+    services = Services(folder, dataset, tokenizer, evaluators, val_rows, saver, uploader, not_llama)
     notes += [f"the model is no Llama to other programs: {not_llama}; checkpoints keep our own names"] if not_llama else []
     for note in notes + config.warnings(cfg, dist.world_size(), device.type):
         log.warning(note)
-    adapters = cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0
-    state = resume(cfg, device, services, found, saved) if saved else new_state(cfg, device, adapters, weights)
+    state = make_state(cfg, device, saved, weights)
+    if found is not None:
+        resume(state, services, found, saved)
     describe(state, services)
     folder.start_wandb()
     return state, services
 
 
-def resume(cfg: Config, device: torch.device, services: Services, found: Path | None, saved: dict[str, Any]) -> TrainState:
-    """The run as its step folder `found` holds it, or a fork; what should be derived from that step and is not, is left to do."""
-    state = new_state(cfg, device, has_adapters(saved["model"]), saved["model"], saved["optimizer"])
-    state.progress.load(saved["progress"])
-    state.step = saved["step"]
-    if state.progress.merged_at == state.step:
-        faults.repeat_reset(state.model, cfg.training.seed, state.step)
-    if found is None:
-        return state
+def resume(state: TrainState, services: Services, found: Path, saved: dict[str, Any]) -> None:
+    """Go on from the step folder `found`; what should be derived from that step and is not, is left to do."""
     services.saved = state.step
     if services.folder.rewind_metrics(state.step, saved["metrics_bytes"], saved.get("metrics_sha256")):
         services.evaluated = state.step
-    if dist.on_rank0(lambda: checkpoint.holds(found, cfg.checkpointing.learning_dynamics_dir)):
+    if dist.on_rank0(lambda: checkpoint.holds(found, state.cfg.checkpointing.learning_dynamics_dir)):
         services.snapshot = state.step
     log.info(f"resumed at step {state.step}")
-    return state
 
 
-def new_state(cfg: Config, device: torch.device, adapters: bool, weights: dict[str, Tensor] | None = None,
-              optimizer_state: dict[str, dict] | None = None) -> TrainState:
+def make_state(cfg: Config, device: torch.device, saved: dict | None = None, weights: dict | None = None) -> TrainState:
+    """As the training state `saved` has it; without one at step 0, with `weights` or the model's own."""
     precision = machine.choose_precision(cfg.training.fabric.precision, device)
-    return TrainState(cfg, device, precision, *build(cfg, device, adapters, weights, optimizer_state), Progress(device))
+    if saved is None:
+        adapters = cfg.model.relora is not None and cfg.model.relora.warm_start_steps == 0
+        return TrainState(cfg, device, precision, *build(cfg, device, adapters, weights), Progress(device))
+    parts = build(cfg, device, has_adapters(saved["model"]), saved["model"], saved["optimizer"])
+    state = TrainState(cfg, device, precision, *parts, Progress(device), saved["step"])
+    state.progress.load(saved["progress"])
+    if state.progress.merged_at == state.step:
+        faults.repeat_reset(state.model, cfg.training.seed, state.step)
+    return state
 
 
 def build(cfg: Config, device: torch.device, adapters: bool, weights: dict[str, Tensor] | None = None,
