@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
 import yaml
 from torch import Tensor

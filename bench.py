@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import numpy as np
 import torch
 

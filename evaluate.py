@@ -19,13 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import (ConfigError, DatasetConfig, EvaluationConfig, LearningDynamicsConfig, ModelConfig, UserError,
-                    config_from_dict, load_config)
+from config import (
+    ConfigError,
+    DatasetConfig,
+    EvaluationConfig,
+    LearningDynamicsConfig,
+    ModelConfig,
+    UserError,
+    config_from_dict,
+    load_config,
+)
 from data import INDEX, TokenDataset, read_index, to_device
 from hub.datasets import local_or_hub
 from hub.llama import load_decoder, resolve

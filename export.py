@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
 
 from checkpoint import CheckpointError, publish

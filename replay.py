@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
 from torch import Tensor
 from tqdm import tqdm

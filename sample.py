@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
 
 from config import UserError

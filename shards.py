@@ -22,6 +22,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import numpy as np
 from tqdm import tqdm
 
@@ -32,8 +33,15 @@ from hub.inputs import IDS, ROWS, TEXTS, Input, by_split, content_of, find_input
 from hub.packing import TokenFile, entropies, write_shards, write_split  # noqa: F401 (some are for importers)
 from hub.parquet import TOKENS, complete_sources, convert_parquet
 from hub.text import read_documents, read_tokens
-from hub.tokenizers import (TOKENIZER, ByteTokenizer, Tokenizer, check_tokenizer, describe_tokenizer, load_tokenizer,
-                            save_tokenizer)
+from hub.tokenizers import (
+    TOKENIZER,
+    ByteTokenizer,
+    Tokenizer,
+    check_tokenizer,
+    describe_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 from runtime.command import Parser, command, number
 from runtime.errors import FULL
 from runtime.files import STAGING, NoRoom, fsync_folder, host_name, remove_tree, staging_name

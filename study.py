@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
 
 from config import ConfigError, UserError, load_config

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import config  # isort: skip  # before torch, whose threads it teaches to wait
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-import config
 import evaluate
 from config import Config, UserError, load_config, to_dict
 from data import BatchLoader, DataError, TokenDataset, to_device

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,11 @@ for _module in Path(__file__).parent.parent.glob("*.py"):  # this is the first i
         print(f"error: {_module.with_suffix('')}/: a folder with an __init__.py would be run in place of {_module.name}; data "
               f"sets belong in corpora/: rename the folder, or delete its __init__.py", file=sys.stderr)
         raise SystemExit(2)
+
+# OpenMP's threads spin for milliseconds where they wait for each other; beside another busy program they then keep the very core
+# that the awaited one needs, and training is ten times slower. Read when torch is loaded (GNU's OpenMP, Linux).
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "10000"  # as good as endless between the operations of a step, a fraction of a time slice
 
 
 # ---- data ---------------------------------------------------------------------------------------

@@ -70,6 +70,20 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
+@pytest.mark.parametrize("name", ["train", *COMMANDS])
+def test_every_command_begins_with_the_configuration(name):
+    """It refuses folders that would win an import, and says how threads wait before torch starts them."""
+    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+             for node in ast.parse((lab.ROOT / f"{name}.py").read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert next(found for found in names if found.split(".")[0] not in sys.stdlib_module_names) == "config"
+    code = f"import os, sys; sys.argv = ['x']; import {name}; print(os.environ['GOMP_SPINCOUNT'])"
+    for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        env = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+        if name == "sample":  # one stands for all: a start takes seconds
+            out = subprocess.run([sys.executable, "-c", code], cwd=lab.ROOT, env=env, text=True, capture_output=True, timeout=60)
+            assert out.stdout.strip() == expected, out.stderr
+
+
 def test_the_paper_is_under_two_hundred_lines():
     assert len((lab.ROOT / "relora.py").read_text().splitlines()) < 200
 
