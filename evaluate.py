@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,20 +26,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import (
-    ConfigError,
-    DatasetConfig,
-    EvaluationConfig,
-    LearningDynamicsConfig,
-    ModelConfig,
-    UserError,
-    config_from_dict,
-    load_config,
-)
+from config import (ConfigError, DatasetConfig, EvaluationConfig, LearningDynamicsConfig, ModelConfig, UserError,
+                    config_from_dict, load_config)
 from data import INDEX, TokenDataset, read_index, to_device
 from hub.datasets import local_or_hub
 from hub.llama import load_decoder, resolve
-from hub.tokenizers import Tokenizer, load_tokenizer
+from hub.tokenizers import Tokenizer, load_tokenizer, text_bytes
 from instruments import blimp
 from runtime import dist, machine, signals
 from runtime.command import Parser, command
@@ -113,6 +106,12 @@ def rows_metrics(losses: np.ndarray, tokens: int) -> dict[str, float]:
     loss = float(losses.sum() / (len(losses) * tokens))
     by_row = [perplexity(row / tokens) for row in losses]
     return {"loss": loss, "perplexity": perplexity(loss), "mean_row_perplexity": float(np.mean(by_row))}
+
+
+def bits_per_byte(losses: np.ndarray, text_bytes: int) -> dict[str, float]:
+    """The loss in bits for each byte of text, in which models of different tokenizers compare; nothing where there is no text."""
+    bits = float(losses.sum()) / math.log(2)
+    return {"bits_per_byte": bits / text_bytes} if text_bytes else {}
 
 
 def by_source(losses: np.ndarray, tokens: int, sources: list[str]) -> dict[str, dict[str, float]]:
@@ -216,15 +215,18 @@ class ValLoss:
             raise ConfigError(f"evaluation.val.skip_rows: {self.options.skip_rows} of {len(val)} rows leave none to evaluate")
         rows = val.rows(self.options.skip_rows, min(left, self.options.max_rows or left))
         self.rows = setting.cut(rows, setting.model.max_seq_len, "val")
+        self.bytes = text_bytes(setting.tokenizer, self.rows)
         index = setting.dataset / "train" / INDEX
         self.entropy = read_index(index.parent).get("entropy") if index.exists() else None
 
     def __call__(self, model: nn.Module) -> tuple[dict[str, Any], str]:
         losses = row_losses(model, self.rows, self.options.batch_size, self.device, "val")
-        results = {"rows": len(self.rows), "tokens": self.rows[:, 1:].size} | rows_metrics(losses, self.rows.shape[1] - 1)
+        results = {"rows": len(self.rows), "tokens": self.rows[:, 1:].size, **rows_metrics(losses, self.rows.shape[1] - 1),
+                   **bits_per_byte(losses, self.bytes)}
         beside = (f" (the corpus's entropy: unigram {self.entropy['unigram']:.2f}, bigram {self.entropy['bigram']:.2f})"
                   if self.entropy else "")
-        return results, f"val loss {results['loss']:.4f} nats a token{beside}"
+        bits = f", {results['bits_per_byte']:.4f} bits a byte" if self.bytes else ""
+        return results, f"val loss {results['loss']:.4f} nats a token{bits}{beside}"
 
 
 class Paloma:
@@ -234,13 +236,15 @@ class Paloma:
         self.options, self.device = setting.cfg.paloma, setting.device
         paloma = setting.open_rows(self.options.dataset_name, self.options.dataset_split, "evaluation.paloma.dataset_name")
         self.rows = setting.cut(paloma.rows(0, len(paloma)), self.options.max_length - 1, "paloma")
+        self.bytes = text_bytes(setting.tokenizer, self.rows)
         shards = [shard.get("sources") for shard in paloma.index["shards"]]
         self.sources = [s for sources in shards for s in sources] if all(shards) else None
 
     def __call__(self, model: nn.Module) -> tuple[dict[str, Any], str]:
         losses = row_losses(model, self.rows, self.options.batch_size, self.device, "paloma")
         tokens = self.rows.shape[1] - 1
-        results = {"rows": len(self.rows), "tokens": self.rows[:, 1:].size} | rows_metrics(losses, tokens)
+        results = {"rows": len(self.rows), "tokens": self.rows[:, 1:].size, **rows_metrics(losses, tokens),
+                   **bits_per_byte(losses, self.bytes)}
         results["by_source"] = by_source(losses, tokens, self.sources) if self.sources else None
         return results, (f"paloma loss {results['loss']:.4f} nats a token, perplexity {results['perplexity']:.2f}, Pico score "
                          f"{results['mean_row_perplexity']:.2f}")

@@ -33,15 +33,8 @@ from hub.inputs import IDS, ROWS, TEXTS, Input, by_split, content_of, find_input
 from hub.packing import TokenFile, entropies, write_shards, write_split  # noqa: F401 (some are for importers)
 from hub.parquet import TOKENS, complete_sources, convert_parquet
 from hub.text import read_documents, read_tokens
-from hub.tokenizers import (
-    TOKENIZER,
-    ByteTokenizer,
-    Tokenizer,
-    check_tokenizer,
-    describe_tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-)
+from hub.tokenizers import (TOKENIZER, ByteTokenizer, Tokenizer, check_tokenizer, describe_tokenizer, load_tokenizer,
+                            save_tokenizer)
 from runtime.command import Parser, command, number
 from runtime.errors import FULL
 from runtime.files import STAGING, NoRoom, fsync_folder, host_name, remove_tree, staging_name

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 
@@ -18,10 +19,10 @@ import lab
 from checkpoint import publish
 from config import BlimpConfig, ConfigError, ModelConfig, config_from_dict
 from data import TokenDataset
-from evaluate import evaluate_blimp, row_losses, rows_metrics
+from evaluate import bits_per_byte, evaluate_blimp, row_losses, rows_metrics
 from fake_hub import Hub
 from hub.llama import load_decoder, writers
-from hub.tokenizers import load_tokenizer
+from hub.tokenizers import ByteTokenizer, load_tokenizer, text_bytes
 from instruments.blimp import Pair, load_pairs
 from model import PicoDecoder
 from relora import apply_relora, relora_layers
@@ -392,3 +393,28 @@ def test_the_command_agrees_with_training_from_any_number_of_ranks(dataset, tmp_
         lab.forked("evaluate.py", run, "--out", tmp_path / f"{ranks}.json", ranks=ranks)
         found = json.loads((tmp_path / f"{ranks}.json").read_text())["val"]
         assert found["rows"] == trained["rows"] and found["loss"] == pytest.approx(trained["loss"], abs=1e-6)
+
+
+def test_bits_a_byte_count_the_text_and_not_the_tokens(tmp_path):
+    """Bytes by counting, a tokenizer of pieces by the text that it was given; special tokens have none."""
+    rows = np.array([[10, 65, 66, 256, 67], [256, 0xC3, 0xA9, 10, 10]])
+    assert text_bytes(ByteTokenizer(), rows) == 3 + 4
+    texts = ["The quick brown fox jumps over the lazy dog", "Sphinx of black quartz, judge my vow na\u00efvely"]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    inner.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in texts:
+        ids = tokenizer.encode(text)
+        first = len(tokenizer.decode(ids[:1]).encode())
+        assert text_bytes(tokenizer, np.array([[*ids, tokenizer.eos]])) == len(text.encode()) - first
+    assert bits_per_byte(np.array([8.0, 4.0]), 6)["bits_per_byte"] == pytest.approx(2 / math.log(2)) and bits_per_byte(rows, 0) == {}
+
+
+def test_val_of_bytes_says_bits_a_byte(dataset, tmp_path):
+    found = lab.Lab(tmp_path, dataset)
+    out = found.train("run", "training.stop_at_step=1", "checkpointing.learning_dynamics=null")
+    loss, bits = (found.metrics("run", f"eval/val_{key}")[0] for key in ("loss", "bits_per_byte"))
+    assert bits == pytest.approx(loss / math.log(2)) and "bits a byte" in out  # every label is a byte
