@@ -345,7 +345,7 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
     if found is not None:
         resume(state, services, found, saved)
     describe(state, services)
-    folder.start_wandb()
+    folder.start_mirrors(state.step)
     return state, services
 
 

@@ -209,6 +209,7 @@ class WandbConfig:
 class MonitoringConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     save_to_wandb: bool = False  # mirrors metrics.jsonl; can never stop a run
+    save_to_tensorboard: bool = False  # (ours) another mirror, in RUN/tensorboard
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

@@ -68,7 +68,7 @@ class RunFolder:
         self.writes, self.opened = dist.rank() == 0, False
         self.step: int | None = None  # updates made, once training has begun
         self._lock = locks.RunLock(self.path)
-        self._wandb = self._bar = None
+        self._wandb = self._tensorboard = self._bar = None
         self._waiting: dict[Path, str] = {}  # lines that wait for the folder, or that a full disk did not take
         start_logging(monitoring.logging.log_level)
 
@@ -213,6 +213,10 @@ class RunFolder:
             except Exception as error:  # a mirror must never stop a run
                 log.warning(f"W&B stopped taking metrics ({error}); metrics.jsonl goes on")
                 self._wandb = None
+        if self._tensorboard is not None:
+            for key, value in metrics.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self._tensorboard.add_scalar(key, value, metrics["step"])
 
     def save_evaluation(self, step: int, results: dict[str, Any]) -> None:
         if self.writes:
@@ -223,7 +227,18 @@ class RunFolder:
             except OSError as error:
                 log.warning(f"{path} cannot be written ({error.strerror}); its numbers are in metrics.jsonl")
 
-    def start_wandb(self) -> None:
+    def start_mirrors(self, step: int) -> None:
+        """Whatever else shows the record of a run that is at `step`."""
+        self._start_wandb()
+        if self.writes and self.monitoring.save_to_tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+            except ImportError:
+                log.warning("monitoring.save_to_tensorboard: TensorBoard is not installed (pip install tensorboard); metrics.jsonl "
+                            "is written as always")
+
+    def _start_wandb(self) -> None:
         """Mirror to W&B: a run of the folder's own id there, which is kept in it; nothing is ever asked at the terminal."""
         if not (self.writes and self.monitoring.save_to_wandb):
             return
@@ -264,6 +279,8 @@ class RunFolder:
         except OSError as error:
             log.warning(f"exit.json cannot be written ({error.strerror})")
         self._lock.release()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             try:
                 self._wandb.finish(exit_code=code)

@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them: the same run on any ranks, merges, warm starts, optimizers, refusals."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -514,6 +515,13 @@ def test_without_auto_resume_no_run_is_overwritten(done):
     printed = done.train("done", "checkpointing.training.auto_resume=false", code=2)
     assert "checkpointing.training.auto_resume" in printed
     assert (done.folder / "done/metrics.jsonl").read_bytes() == before
+
+
+def test_a_mirror_to_tensorboard_is_there_or_said_to_be_missing(here):
+    printed = here.train("board", "monitoring.save_to_tensorboard=true", "training.max_steps=2", *BARE)
+    there = importlib.util.find_spec("tensorboard") is not None
+    assert ("TensorBoard is not installed" in printed) != there and (here.folder / "board/tensorboard").exists() == there
+    assert list(here.metrics("board")) == [1, 2]
 
 
 def test_a_run_finishes_without_wandb(here):
