@@ -1,7 +1,8 @@
 """Measures of matrices and of pairs of representations: pure functions of float32 or float64 tensors.
 
 One matrix (weights, gradients, updates, activations): rank, conditioning, sparsity, norms. Two representations of the
-same examples, X (n, p) and Y (n, q): CKA (Kornblith et al., arXiv 1905.00414) and PWCCA (Morcos et al., 1806.05759).
+same examples, X (n, p) and Y (n, q): CKA (Kornblith et al., arXiv 1905.00414), without the bias of few examples too (Nguyen
+et al., 2010.15327), and PWCCA (Morcos et al., 1806.05759).
 A measure that is undefined raises Undefined with the reason; it never returns NaN.
 """
 
@@ -99,10 +100,48 @@ def hoyer(matrix: Tensor) -> float:
 def cka(x: Tensor, y: Tensor) -> float:
     """Linear centred kernel alignment, in feature space: 1 up to rotation and scale, 0 where nothing is shared."""
     x, y = centred(x), centred(y)
-    sizes = (x.T @ x).norm() * (y.T @ y).norm()
+    sizes = alignment(x, x) * alignment(y, y)
     if sizes == 0:
         raise Undefined("the activations are the same for every example")
-    return ((x.T @ y).square().sum() / sizes).item()
+    return alignment(x, y) / math.sqrt(sizes)
+
+
+def alignment(x: Tensor, y: Tensor) -> float:
+    """|X'Y|^2 = tr K L of (n, p) and (n, q), by whichever is smaller, features or examples."""
+    product = (x @ x.T) * (y @ y.T) if len(x) < min(x.shape[1], y.shape[1]) else (x.T @ y).square()
+    return product.sum().item()
+
+
+def cka_of_chance(x: Tensor, y: Tensor) -> float:
+    """What cka gives on average over all pairings of the examples of x with those of y: what unrelated ones score.
+
+    tr K tr L / ((n - 1) |K| |L|) of the centred Gram matrices K and L; near 1 where there are fewer examples than dimensions.
+    """
+    x, y = centred(x), centred(y)
+    sizes = alignment(x, x) * alignment(y, y)
+    if sizes == 0:
+        raise Undefined("the activations are the same for every example")
+    return x.square().sum().item() * y.square().sum().item() / math.sqrt(sizes) / (len(x) - 1)
+
+
+def cka_debiased(x: Tensor, y: Tensor) -> float:
+    """Linear CKA of unbiased estimates of HSIC: 0 on average for unrelated examples, however few; may be negative."""
+    x, y = centred(x), centred(y)
+    if len(x) < 4:
+        raise Undefined(f"{len(x)} examples are too few: the estimate needs 4")
+    sizes = unbiased_hsic(x, x), unbiased_hsic(y, y)
+    if min(sizes) <= 0:
+        raise Undefined("the activations are the same for every example, or hardly differ")
+    return unbiased_hsic(x, y) / math.sqrt(sizes[0] * sizes[1])
+
+
+def unbiased_hsic(x: Tensor, y: Tensor) -> float:
+    """n (n - 3) times Song et al.'s estimate (JMLR 13, 2012, eq. 4) for the linear kernel, of centred x (n, p), y (n, q).
+
+    There K and L are Gram matrices without their diagonals; with centred columns their sums are those diagonals' own.
+    """
+    n, a, b = len(x), x.square().sum(1), y.square().sum(1)  # the diagonals of K and L
+    return alignment(x, y) - (a @ b).item() * n / (n - 2) + (a.sum() * b.sum()).item() / ((n - 1) * (n - 2))
 
 
 def pwcca(x: Tensor, y: Tensor) -> float:
@@ -153,7 +192,7 @@ class Measure(NamedTuple):
     """How something is measured, what it is called in a figure, and how it is drawn there."""
     function: Callable[..., float]  # of a Matrix, or of the activations (n, p) and (n, q) of two snapshots; may raise Undefined
     label: str
-    scale: str = "from zero"  # or `fraction`, from 0 to 1, or `log`
+    scale: str = "from zero"  # or `fraction`, from 0 to 1, `similarity`, at most 1, or `log`
 
 
 # one more measure is one more line
@@ -171,6 +210,8 @@ SINGLE: dict[str, Measure] = {
 }
 PAIRED: dict[str, Measure] = {
     "cka": Measure(cka, "CKA", "fraction"),
+    "cka_of_chance": Measure(cka_of_chance, "CKA of unrelated examples", "fraction"),
+    "cka_debiased": Measure(cka_debiased, "debiased CKA", "similarity"),
     "pwcca": Measure(pwcca, "PWCCA", "fraction"),
 }
 MEASURES = SINGLE | PAIRED

@@ -17,7 +17,8 @@ from typing import Any
 from instruments.components import Row, layer_of
 from instruments.measures import PAIRED
 from instruments.plots import (CHAPTERS, CIRCUIT, LABELS, RANKS, Line, axis_labels, curves, layer_lines, part_of, plot_heat,
-                               plot_losses, plot_spectra, plot_training, pyplot, run_line, sheet, training_record)
+                               plot_losses, plot_spectra, plot_training, pyplot, run_line, sheet)
+from instruments.record import Curves, training_record
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
 figure{margin:1em 0 2em}figcaption,.note{color:#555}table{border-collapse:collapse;font-size:13px;margin:1em 0}
@@ -121,12 +122,13 @@ def rank_bounds(config: dict, rows: list[Row], merges: list[int]) -> dict[str, l
 def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: list[Row], out: Path) -> Path:
     """Draw one run's analysis into `out`; returns the page."""
     plt = pyplot()
-    page, merges = Page(plt, f"{run.name}: learning dynamics", out), [s for s, _ in training_record(run)["relora/reset_count"]]
+    page, record = Page(plt, f"{run.name}: learning dynamics", out), training_record(run)
+    merges = [step for step, _ in record["relora/reset_count"]]
     depth = max((layer_of(r["component"]) for r in rows if r["value"] is not None), default=0) + 1
 
     def lines(data: str, metrics: Iterable[str]) -> dict[str, dict[str, list[Line]]]:
         return {m: {part: layer_lines(plt, layers, m, depth) for part, layers in curves(rows, data, m).items()} for m in metrics}
-    page.chapter("Training", run_summary(config, rows), page.picture("training", plot_training(plt, run, rates)))
+    page.chapter("Training", run_summary(config, rows), page.picture("training", plot_training(plt, run.name, record, rates)))
     ranks = sheet(plt, lines("updates since the start", RANKS), "Rank of the cumulative update", LABELS,
                   rank_bounds(config, rows, merges), merges)
     page.chapter("Does the rank of the update grow?", "Effective weight minus that of the first snapshot. Dotted: merges; "
@@ -144,11 +146,9 @@ def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: lis
 
 # ---- several runs --------------------------------------------------------------------------------------------------------------
 
-def run_table(runs: dict[str, Path], tables: dict[str, list[Row]]) -> str:
+def run_table(records: dict[str, Curves], tables: dict[str, list[Row]]) -> str:
     body = []
-    for name, run in runs.items():
-        record = training_record(run)
-
+    for name, record in records.items():
         def last(key: str, record=record) -> Any:
             return float(record[key][-1][1]) if record[key] else ""
         tokens = f"{record['tokens'][-1][1]:,}" if record["tokens"] else ""
@@ -169,8 +169,9 @@ def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], out: P
     """Overlay several runs' analyses; returns the page."""
     plt = pyplot()
     page = Page(plt, "Runs compared: " + ", ".join(runs), out)
+    records = {name: training_record(run) for name, run in runs.items()}
     page.chapter("Training", "Lines: training loss; markers: loss on held-out rows. Time leaves out evaluation and saving. Ranks "
-                 "are means over the layers.", page.picture("loss", plot_losses(plt, runs)), run_table(runs, tables))
+                 "are means over the layers.", page.picture("loss", plot_losses(plt, records)), run_table(records, tables))
     for data in dict.fromkeys([*CHAPTERS, *(row["data"] for rows in tables.values() for row in rows)]):
         lines: dict[str, dict[str, list[Line]]] = {}
         for metric in LABELS:

@@ -1,5 +1,6 @@
 """Measures against closed forms and values worked out by hand."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from instruments import measures
-from instruments.measures import Undefined, cka, condition_number, effective_rank, gini, hoyer, of_matrix, pwcca, singular_values
+from instruments.measures import (Undefined, cka, cka_debiased, cka_of_chance, condition_number, effective_rank, gini, hoyer,
+                                  of_matrix, pwcca, singular_values)
 
 SMALL = torch.tensor([[3.0, 0.0], [4.0, 5.0]])  # singular values sqrt 45 and sqrt 5
 X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [2.0, 2.0], [-2.0, -2.0]])
@@ -73,6 +75,40 @@ def test_cka_and_pwcca_by_hand():
     assert cka(X, independent) == pytest.approx(0, abs=1e-12) and pwcca(X, independent) == pytest.approx(0, abs=1e-6)
 
 
+def hsic_of_quadruples(x, y):
+    """The unbiased estimate as its definition has it: the mean over all ordered quadruples of distinct examples."""
+    K, L = (x @ x.T).tolist(), (y @ y.T).tolist()
+    found = [K[i][j] * (L[i][j] + L[q][r] - 2 * L[i][q]) for i, j, q, r in itertools.permutations(range(len(x)), 4)]
+    return math.fsum(found) / len(found)
+
+
+@pytest.mark.parametrize("n, p, q", [(7, 3, 2), (6, 9, 8), (5, 1, 7)])
+def test_debiased_cka_is_the_u_statistic(n, p, q):
+    made = torch.Generator().manual_seed(n)
+    x, y = (torch.randn(n, size, generator=made, dtype=torch.float64) + 3 for size in (p, q))
+    xy, xx, yy = (hsic_of_quadruples(*pair) for pair in ((x, y), (x, x), (y, y)))
+    assert cka_debiased(x, y) == pytest.approx(xy / math.sqrt(xx * yy), rel=1e-9)
+    assert cka_debiased(x, -2 * x + 1) == pytest.approx(1)
+
+
+def test_what_cka_gives_by_chance_is_its_mean_over_all_pairings():
+    made = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(6, size, generator=made, dtype=torch.float64) for size in (4, 7))
+    found = [cka(x, y[list(order)]) for order in itertools.permutations(range(6))]
+    assert cka_of_chance(x, y) == pytest.approx(sum(found) / len(found), rel=1e-9)
+
+
+def test_noise_is_alike_to_plain_cka_and_not_to_the_debiased_one():
+    """16 examples of 512 dimensions: 0.97 by plain CKA, as is said beside it; 0 without the bias."""
+    made = torch.Generator().manual_seed(0)
+    pairs = [torch.randn(2, 16, 512, generator=made) for _ in range(40)]
+    plain, chance, debiased = (torch.tensor([measure(*pair) for pair in pairs]) for measure in (cka, cka_of_chance, cka_debiased))
+    assert plain.mean() > 0.96 and (plain - chance).abs().max() < 0.01
+    assert debiased.mean().abs() < 3 * debiased.std() / math.sqrt(40) and debiased.std() < 0.1 and (debiased < 0).any()
+    with pytest.raises(Undefined, match="3 examples are too few"):
+        cka_debiased(X[:3], X[:3])
+
+
 def test_pwcca_weighs_each_correlation_by_its_share_of_x():
     basis = torch.linalg.qr(torch.randn(40, 4, dtype=torch.float64))[0]
     basis = torch.linalg.qr(basis - basis.mean(0))[0]
@@ -81,7 +117,7 @@ def test_pwcca_weighs_each_correlation_by_its_share_of_x():
     assert pwcca(x, y) == pytest.approx((3 * 1 + 1 * 0.6) / 4)
 
 
-@pytest.mark.parametrize("measure", [cka, pwcca])
+@pytest.mark.parametrize("measure", [cka, cka_debiased, pwcca])
 def test_rotation_scale_and_shift_change_nothing_and_permuted_examples_much(measure):
     made = torch.Generator().manual_seed(1)
     x = torch.randn(200, 6, generator=made, dtype=torch.float64)
@@ -102,8 +138,9 @@ def test_what_is_undefined_says_so(matrix):
 def test_too_few_examples_are_undefined():
     with pytest.raises(Undefined, match="5 examples are too few"):
         pwcca(torch.randn(5, 8), torch.randn(5, 8))
-    with pytest.raises(Undefined, match="same for every example"):
-        cka(torch.ones(9, 3), torch.randn(9, 3))
+    for measure in (cka, cka_debiased, cka_of_chance):
+        with pytest.raises(Undefined, match="same for every example"):
+            measure(torch.ones(9, 3), torch.randn(9, 3))
 
 
 def test_independent_noise_is_never_called_alike_by_construction():
