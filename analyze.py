@@ -13,11 +13,10 @@ that is undefined is null with its reason. What has been measured is kept in ana
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +28,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import ConfigError, config_from_dict
+from config.reading import show
 from instruments import components, measures, report
 from instruments.components import KINDS, AnalysisError, Component, Request, Row, bases, matrices, target_of, updates
 from instruments.measures import MEASURES, PAIRED, SINGLE
+from instruments.results import Cache, Results, table_text
 from instruments.snapshots import Snapshots
 from optim import learning_rate_multiplier
 from runtime.command import Parser, command
-from runtime.files import write_text
+from runtime.log import printable
 
 FIELDS = ("step", "other_step", "split", "data", "component", "metric", "value", "reason")  # other: compared with, or since
 BATCH = 1 << 23  # entries of matrices whose spectra are computed together: bounds the memory
@@ -128,23 +129,20 @@ def paired_rows(run: Snapshots, step: int, request: Request, metrics: list[str],
 
 
 def analyse(run: Snapshots, requests: list[Request], steps: Iterable[int], out: Path) -> list[Row]:
-    """Rows of all steps, measured or from the cache; where that cannot be written, they are measured each time."""
+    """Rows of all steps, measured now or, where nothing has changed since, before; these are kept in `out`/cache."""
+    cache = Cache(out)
     rows: dict[tuple, Row] = {}  # what two requests ask for is told once
     fingerprints = {step: run.fingerprint(step) for step in run.folders}
     files = (__file__, components.__file__, measures.__file__)
     code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
-    for step in tqdm(steps, desc=f"analysing {run.path}", unit=" steps", disable=None):
+    for step in tqdm(steps, desc=printable(f"analysing {run.path}"), unit=" steps", disable=None):
         for request in requests:
             read = [(s, fingerprints[s]) for s in steps_read(run, step, request)]
-            key = hashlib.sha256(repr((code, request, read)).encode()).hexdigest()[:16]
-            cached = out / "cache" / f"step_{step}-{key}.json"
-            try:
-                found = json.loads(cached.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # not there, or damaged
+            source = hashlib.sha256(repr((code, request, read)).encode()).hexdigest()
+            name = f"step_{step}-{source[:16]}.json"
+            if (found := cache.read(name, source)) is None:
                 found = rows_of_step(run, step, request)
-                with contextlib.suppress(OSError):
-                    cached.parent.mkdir(parents=True, exist_ok=True)
-                    write_text(cached, json.dumps(found, allow_nan=False))
+                cache.write(name, source, found)
             rows |= {tuple(row[name] for name in FIELDS[:-2]): row for row in found}
     return list(rows.values())
 
@@ -160,7 +158,7 @@ def read_requests(path: Path) -> tuple[list[Request], list[int] | range | None]:
         if isinstance(steps, dict):  # as there, the first step at or past `end` counts too
             steps = range(steps["start"], steps["end"] + steps["step"], steps["step"])
         elif not (steps is None or isinstance(steps, list)):
-            raise TypeError(f"steps are {{start, end, step}} or a list, not {steps!r}")
+            raise TypeError(f"steps are {{start, end, step}} or a list, not {show(steps)}")
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AnalysisError(f"{path}: not a pico-analyze configuration ({error})") from None
     return requests, steps
@@ -171,13 +169,13 @@ def _request(metric: dict, component: dict) -> Request:
     if name == "norm":
         name = f"norm_{metric['norm_type'].lower()}"
     if name not in MEASURES or component["component_name"] not in ("simple", "ov_circuit") or component["data_type"] not in KINDS:
-        raise AnalysisError(f"metric {name!r} of {component['component_name']!r} {component['data_type']!r} is not known; "
-                            f"metrics are {', '.join(MEASURES)}")
+        raise AnalysisError(f"metric {show(name)} of {show(component['component_name'])} {show(component['data_type'])} is not "
+                            f"known; metrics are {', '.join(MEASURES)}")
     if not (layers is None or isinstance(layers, list)):
-        raise TypeError(f"layers are a list such as [0, 11], not {layers!r}")
+        raise TypeError(f"layers are a list such as [0, 11], not {show(layers)}")
     target, split = metric.get("target_checkpoint"), metric.get("data_split", "val")
-    if not (target is None or isinstance(target, int)) or not isinstance(split, str):
-        raise TypeError(f"target_checkpoint is a step and data_split a name, not {target!r} and {split!r}")
+    if not (target is None or isinstance(target, int)) or not (isinstance(split, str) and re.fullmatch(r"[\w-]+", split)):
+        raise TypeError(f"target_checkpoint is a step and data_split a name, not {show(target)} and {show(split)}")
     circuit = component["component_name"] == "ov_circuit"
     listed = [suffixes["value_layer"], suffixes["output_layer"]] if circuit else [suffixes] if isinstance(suffixes, str) \
         else list(suffixes)
@@ -201,42 +199,29 @@ class Plan(NamedTuple):
         return found
 
 
-def write_tables(rows: list[Row], out: Path) -> None:
-    write_text(out / "metrics.json", json.dumps(rows, allow_nan=False) + "\n")
-    with open(out / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(row for row in rows if row["metric"] != "spectrum")
+def write_tables(rows: list[Row], results: Results) -> None:
+    results.write("metrics.json", json.dumps(rows, allow_nan=False) + "\n")
+    results.write("metrics.csv", table_text(rows[0], ([row[name] for name in rows[0]] for row in rows
+                                                            if row["metric"] != "spectrum")))
 
 
 def learning_rates(run: Snapshots) -> list[tuple[int, float]]:
-    """(step, learning rate) of every update so far, or nothing where another lab's config names its schedule."""
+    """(step, learning rate) of 20,000 updates so far at most, or nothing where another lab's config names its schedule."""
     try:
         cfg = config_from_dict(run.config)
     except ConfigError:
         return []
-    rate = cfg.training.optimization.lr
+    rate, steps = cfg.training.optimization.lr, range(min(cfg.last_step, max(run.folders)))
     return [(step, rate * learning_rate_multiplier(step, cfg.training, cfg.model.relora))
-            for step in range(min(cfg.last_step, max(run.folders)))]
-
-
-@contextlib.contextmanager
-def results_in(out: Path) -> Iterator[None]:
-    """Makes the folder at once: that it cannot be written is told before hours of measuring."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-        yield
-    except OSError as error:
-        raise AnalysisError(f"{out}: cannot be written ({error.strerror}); give another folder with --out") from None
+            for step in steps[::len(steps) // 20_000 + 1]]
 
 
 def compare(runs: dict[str, Snapshots], plan: Plan, out: Path) -> None:
-    with results_in(out):
-        tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis") for label, run in runs.items()}
-        write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], out)
-        print(f"open {report.write_comparison({label: run.path for label, run in runs.items()}, tables, out)}")
+    results = Results(out, chosen=True)
+    tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis") for label, run in runs.items()}
+    write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], results)
+    page = report.write_comparison({label: run.path for label, run in runs.items()}, tables, results)
+    print(printable(f"open {page}"))
 
 
 def labelled(paths: list[Path]) -> dict[str, Path]:
@@ -272,11 +257,11 @@ def main() -> None:
         return
     for label, run in runs.items():
         out = run.path / "analysis" if args.out is None else args.out / label if len(runs) > 1 else args.out
-        with results_in(out):
-            rows = analyse(run, plan.requests, plan.steps(run), out)
-            write_tables(rows, out)
-            page = report.write_run(run.path, run.config, learning_rates(run), rows, out)
-        print(f"{len(rows):,} measures of {len({row['step'] for row in rows})} steps in {out}; open {page}")
+        results = Results(out, chosen=args.out is not None)
+        rows = analyse(run, plan.requests, plan.steps(run), out)
+        write_tables(rows, results)
+        page = report.write_run(run.path, run.config, learning_rates(run), rows, results)
+        print(printable(f"{len(rows):,} measures of {len({row['step'] for row in rows})} steps in {out}; open {page}"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import UserError
@@ -49,7 +48,8 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-                         "axes.spines.right": False, "legend.frameon": False})
+                         "axes.spines.right": False, "legend.frameon": False,
+                         "text.parse_math": False})  # a run may be named a$b$
     return plt
 
 

@@ -18,7 +18,8 @@ def test_numbers_become_curves_and_a_line_that_is_being_written_is_left_out(tmp_
 
 
 @pytest.mark.parametrize("line", ["5", "[]", "null", '"text"', "{}", '{"step": "1"}', '{"step": 1.5}', '{"step": true}', "", "{",
-                                  "[" * 100_000, "1" * 5000, '{"step": ' + "9" * 400 + "}", "\0\0\0", "\ufffd"], ids=lambda s: s[:12])
+                                  "[" * 100_000, "1" * 5000, '{"step": ' + "9" * 400 + "}", "\0\0\0", "\ufffd"],
+                         ids=lambda line: line[:12])
 def test_a_line_that_is_no_object_is_one_sentence(tmp_path, said, line):
     (tmp_path / "metrics.jsonl").write_text(LINE + f"{line}\n" + LINE)
     assert training_record(tmp_path)["train/loss"] == [(1, 2.5)] * 2
