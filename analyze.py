@@ -14,32 +14,26 @@ that is undefined is null with its reason. What has been measured is kept in ana
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
-from torch import Tensor
-from tqdm import tqdm
 
 from config import ConfigError, config_from_dict
 from config.reading import show
-from instruments import components, measures, report
-from instruments.components import KINDS, AnalysisError, Component, Request, Row, bases, matrices, target_of, updates
+from instruments import report
+from instruments.components import KINDS, AnalysisError, Request, Row, target_of
 from instruments.measures import MEASURES, PAIRED, SINGLE
-from instruments.results import Cache, Results, table_text
+from instruments.measuring import analyse
+from instruments.results import Results, table_text
 from instruments.snapshots import Snapshots
 from optim import learning_rate_multiplier
 from runtime.command import Parser, command
 from runtime.log import printable
-
-FIELDS = ("step", "other_step", "split", "data", "component", "metric", "value", "reason")  # other: compared with, or since
-BATCH = 1 << 23  # entries of matrices whose spectra are computed together: bounds the memory
 
 DEFAULT = [
     Request(list(SINGLE), "updates"), Request(list(SINGLE), "weights"), Request(list(SINGLE), "gradients", "train"),
@@ -47,104 +41,6 @@ DEFAULT = [
     Request(["effective_rank", "per", "norm_nuclear"], "weights", circuit=True),
     Request(list(PAIRED), "activations", circuit=True),
 ]
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-def steps_read(run: Snapshots, step: int, request: Request) -> list[int]:
-    """The snapshots that a request looks at for one step."""
-    if request.data == "updates":
-        return [step, *bases(run, step, request).values()]
-    return [step, *([target_of(run, request)] if set(request.metrics) & set(PAIRED) else [])]
-
-
-def rows_of_step(run: Snapshots, step: int, request: Request) -> list[Row]:
-    """What a request asks for at one step, as rows of FIELDS; where there is nothing to measure, a row that says so."""
-    single, paired = ([m for m in request.metrics if m in kind] for kind in (SINGLE, PAIRED))
-    if request.circuit and request.data == "gradients":
-        return [empty_row(step, request, "the OV circuit is a product of two layers, and has no gradient of its own")]
-    rows: list[Row] = []
-    if request.data == "updates":
-        if paired:
-            return [empty_row(step, request, "compares representations of examples: use activations")]
-        for label, base, deltas in updates(run, step, request):
-            rows += single_rows(deltas, single, {"step": step, "other_step": base, "split": request.split, "data": label})
-        return rows or [empty_row(step, request, "there is no such layer, or no snapshot to count from")]
-    split, _ = run.load(step, request.split, request.data)
-    here = {"step": step, "other_step": None, "split": split, "data": request.data}
-    if single:
-        rows += single_rows(matrices(run, step, request), single, here)
-    if paired:
-        rows += paired_rows(run, step, request, paired, here)
-    return rows or [empty_row(step, request, f"the snapshot holds no such {request.data}")]
-
-
-def empty_row(step: int, request: Request, reason: str) -> Row:
-    what = "ov_circuit" if request.circuit else ", ".join(request.suffixes) or "every layer"
-    return dict(zip(FIELDS, (step, None, request.split, request.data, what, ", ".join(request.metrics), None, reason)))
-
-
-def single_rows(found: Iterable[Component], metrics: list[str], here: Row) -> list[Row]:
-    """Rows of single-matrix measures; matrices of one shape share a batched SVD, of BATCH entries at most."""
-    rows: list[Row] = []
-    waiting: dict[tuple[int, ...], list[Component]] = {}
-
-    def measure(batch: list[Component]) -> None:
-        plain = [c for c in batch if c.spectrum is None]
-        spectra = dict(zip([c.name for c in plain], measures.singular_values(torch.stack([c.entries for c in plain])))) \
-            if plain else {}
-        for component in batch:
-            rows.extend(component_rows(component, spectra.get(component.name, component.spectrum), metrics, here))
-        batch.clear()
-    for component in found:
-        batch = waiting.setdefault(tuple(component.entries.shape), [])
-        batch.append(component)
-        if (len(batch) + 1) * component.entries.numel() > BATCH:
-            measure(batch)
-    for batch in waiting.values():
-        measure(batch)
-    return rows
-
-
-def component_rows(component: Component, values: Tensor, metrics: list[str], here: Row) -> Iterator[Row]:
-    found = measures.of_matrix(component.entries, values, component.noise, metrics)
-    spectrum = [float(f"{v:.5g}") for v in values.tolist()] if values.isfinite().all() else None
-    found["spectrum"] = spectrum, None if spectrum else "the matrix is not finite"
-    for metric, (value, reason) in found.items():
-        yield here | {"component": component.name, "metric": metric, "value": value, "reason": reason}
-
-
-def paired_rows(run: Snapshots, step: int, request: Request, metrics: list[str], here: Row) -> list[Row]:
-    """Rows of measures of a component's examples at this step and at the target."""
-    target, rows = target_of(run, request), []
-    others = {c.name: c.entries for c in matrices(run, target, request)}
-    for component in matrices(run, step, request):
-        for metric in metrics:
-            value, reason = None, f"the snapshot of step {target} holds no such layer"
-            if component.name in others:
-                value, reason = measures.of_pair(component.entries, others[component.name], metric)
-            rows.append(here | {"other_step": target, "component": component.name, "metric": metric, "value": value,
-                                "reason": reason})
-    return rows
-
-
-def analyse(run: Snapshots, requests: list[Request], steps: Iterable[int], out: Path) -> list[Row]:
-    """Rows of all steps, measured now or, where nothing has changed since, before; these are kept in `out`/cache."""
-    cache = Cache(out)
-    rows: dict[tuple, Row] = {}  # what two requests ask for is told once
-    fingerprints = {step: run.fingerprint(step) for step in run.folders}
-    files = (__file__, components.__file__, measures.__file__)
-    code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
-    for step in tqdm(steps, desc=printable(f"analysing {run.path}"), unit=" steps", disable=None):
-        for request in requests:
-            read = [(s, fingerprints[s]) for s in steps_read(run, step, request)]
-            source = hashlib.sha256(repr((code, request, read)).encode()).hexdigest()
-            name = f"step_{step}-{source[:16]}.json"
-            if (found := cache.read(name, source)) is None:
-                found = rows_of_step(run, step, request)
-                cache.write(name, source, found)
-            rows |= {tuple(row[name] for name in FIELDS[:-2]): row for row in found}
-    return list(rows.values())
 
 
 # ---- pico-analyze's YAML ----------------------------------------------------------------------------------------------
@@ -216,9 +112,9 @@ def learning_rates(run: Snapshots) -> list[tuple[int, float]]:
             for step in steps[::len(steps) // 20_000 + 1]]
 
 
-def compare(runs: dict[str, Snapshots], plan: Plan, out: Path) -> None:
+def compare(runs: dict[str, Snapshots], plan: Plan, out: Path, device: torch.device) -> None:
     results = Results(out, chosen=True)
-    tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis") for label, run in runs.items()}
+    tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis", device) for label, run in runs.items()}
     write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], results)
     page = report.write_comparison({label: run.path for label, run in runs.items()}, tables, results)
     print(printable(f"open {page}"))
@@ -240,7 +136,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="a YAML file of pico-analyze (default: all measures of all layers)")
     parser.add_argument("--since", type=int, metavar="STEP", help="also measure the updates since this step's snapshot")
     parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/analysis, or comparison)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where spectra are computed (default: cpu)")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise AnalysisError("--device cuda: there is no CUDA device here; leave it out to measure on the CPU")
+    device = torch.device(args.device)
     comparing = str(args.runs[0]) == "compare"
     if not comparing and not args.runs[0].exists() and difflib.get_close_matches(str(args.runs[0]), ["compare"]):
         raise AnalysisError(f"{args.runs[0]}: no such run; did you mean compare?")
@@ -253,12 +153,12 @@ def main() -> None:
     for run in runs.values():
         plan.steps(run)  # what cannot be asked for is told before anything is made
     if comparing:
-        compare(runs, plan, args.out or Path("comparison"))
+        compare(runs, plan, args.out or Path("comparison"), device)
         return
     for label, run in runs.items():
         out = run.path / "analysis" if args.out is None else args.out / label if len(runs) > 1 else args.out
         results = Results(out, chosen=args.out is not None)
-        rows = analyse(run, plan.requests, plan.steps(run), out)
+        rows = analyse(run, plan.requests, plan.steps(run), out, device)
         write_tables(rows, results)
         page = report.write_run(run.path, run.config, learning_rates(run), rows, results)
         print(printable(f"{len(rows):,} measures of {len({row['step'] for row in rows})} steps in {out}; open {page}"))

@@ -209,6 +209,10 @@ class Snapshots:
                 return name, tensors
         return split, {}
 
+    def size(self, step: int) -> int:
+        """Bytes of a step's files."""
+        return sum(path.stat().st_size for path in (self.folders[step] / self.dynamics).iterdir())
+
     def fingerprint(self, step: int) -> str:
         """Of the snapshot's files, from the manifest."""
         try:

@@ -12,7 +12,8 @@ import yaml
 
 import analyze
 import lab
-from instruments import plots, report
+from instruments import measuring, plots, report
+from instruments.snapshots import Snapshots
 
 DEMO = """
 analysis_name: demo
@@ -115,6 +116,22 @@ def test_a_second_call_measures_only_new_steps(runs, tmp_path, monkeypatch):
     next((run / "analysis/cache").iterdir()).write_text("[{")  # as a full disk might leave it
     lab.call("analyze.py", run)
     assert rows(run / "analysis") == rows(runs / "relora/analysis")
+
+
+def test_several_processes_measure_the_same(runs, tmp_path, monkeypatch):
+    """And give back the threads that there were."""
+    (tmp_path / "demo.yaml").write_text(DEMO)
+    requests, _ = analyze.read_requests(tmp_path / "demo.yaml")
+    run, threads = Snapshots(runs / "relora"), torch.get_num_threads()
+    alone = measuring.analyse(run, requests, [10, 20], tmp_path / "alone")
+    monkeypatch.setattr(measuring, "LARGE", 0)
+    torch.set_num_threads(2)
+    try:
+        together = measuring.analyse(run, requests, [10, 20], tmp_path / "together")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert together == alone and len(alone) > 50
 
 
 def test_a_yaml_file_of_pico_analyze_runs_unchanged(runs, tmp_path):
@@ -286,6 +303,7 @@ def test_snapshots_hold_text_and_on_demand_the_optimizer_state(runs):
 
 @pytest.mark.parametrize("words, message", [
     (("nowhere",), "not a run folder"), (("compare", "nowhere"), "two runs"),
+    *([] if torch.cuda.is_available() else [(("{runs}/relora", "--device", "cuda"), "there is no CUDA device")]),
     (("{runs}/relora", "--config", "{runs}/relora.yaml"), "not a pico-analyze configuration")])
 def test_what_cannot_be_analysed_is_one_line(runs, words, message):
     printed = lab.call("analyze.py", *(word.format(runs=runs) for word in words), code=2)

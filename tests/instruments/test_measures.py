@@ -3,16 +3,25 @@
 import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 
 from instruments import measures
-from instruments.measures import (Undefined, cka, cka_debiased, cka_of_chance, condition_number, effective_rank, gini, hoyer,
-                                  of_matrix, pwcca, singular_values)
+from instruments.measures import (Examples, Pair, Undefined, condition_number, effective_rank, gini, hoyer, of_matrix,
+                                  singular_values)
 
 SMALL = torch.tensor([[3.0, 0.0], [4.0, 5.0]])  # singular values sqrt 45 and sqrt 5
 X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [2.0, 2.0], [-2.0, -2.0]])
+
+
+def of_two(measure):
+    return lambda x, y: measure(Pair(Examples(x), Examples(y)))
+
+
+cka, cka_of_chance, cka_debiased, pwcca = (of_two(getattr(measures, name)) for name in (
+    "cka", "cka_of_chance", "cka_debiased", "pwcca"))
 
 
 def values_of(matrix, *args, **options):
@@ -158,6 +167,31 @@ def test_a_product_has_the_singular_values_of_its_entries():
     np.testing.assert_allclose(measures.singular_values_of_product(left, right).numpy(), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4)])
+@pytest.mark.parametrize("condition", [1e3, 1e6, 1e9, 1e12])
+def test_singular_values_hold_to_rounding_of_the_largest(shape, condition):
+    """Against mpmath with 60 digits: a value of 1e-6 of the largest to 1e-9 of itself, one of 1e-9 to 1e-6, and so on."""
+    made = torch.Generator().manual_seed(0)
+    size = min(shape)
+    matrix = torch.randn(shape[0], size, generator=made, dtype=torch.float64) * torch.logspace(0, -math.log10(condition), size,
+                                                                                              dtype=torch.float64)
+    matrix = matrix @ torch.linalg.qr(torch.randn(shape[1], size, generator=made, dtype=torch.float64))[0].T
+    with mpmath.workdps(60):
+        exact = [float(v) for v in mpmath.svd_r(mpmath.matrix(matrix.tolist()), compute_uv=False)]
+    assert exact[0] / exact[-1] > condition / 10
+    np.testing.assert_allclose(singular_values(matrix).numpy(), exact, rtol=0, atol=4e-15 * exact[0])
+    batch = singular_values(torch.stack([matrix, 2 * matrix]))
+    np.testing.assert_allclose(batch.numpy(), [exact, [2 * v for v in exact]], rtol=0, atol=8e-15 * exact[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_gini_by_its_definition(dtype):
+    """The mean difference of all pairs over twice the mean, in NumPy's float64."""
+    x = torch.randn(7, 11).to(dtype)
+    sizes = np.abs(x.double().numpy().ravel())
+    assert gini(x) == pytest.approx(np.abs(sizes[:, None] - sizes).mean() / (2 * sizes.mean()), rel=1e-12)
+
+
 def test_what_rounding_leaves_of_two_weights_is_no_rank():
     made = torch.Generator().manual_seed(0)
     weight = torch.randn(128, 256, generator=made)
@@ -168,9 +202,26 @@ def test_what_rounding_leaves_of_two_weights_is_no_rank():
     assert values_of(difference, noise=noise)["numerical_rank"] == 3
 
 
+@pytest.mark.parametrize("n, p, rank, condition", [(40, 60, 9, 1), (60, 40, 9, 1), (90, 40, 40, 1e2), (40, 60, 9, 1e4),
+                                                   (90, 40, 40, 1e4), (40, 60, 9, 1e9), (90, 40, 20, 1e9)])
+def test_bases_by_gram_matrices_span_what_the_svd_does(n, p, rank, condition):
+    """Well-conditioned ones; others are left to the SVD, where with condition 1e9 some of them are rounding, and are cut off."""
+    made = torch.Generator().manual_seed(rank)
+    values = np.logspace(0, -math.log10(condition), rank)
+    x = with_spectrum(values.tolist(), n, p, seed=rank)
+    x = x - x.mean(0) + torch.randn(p, generator=made)
+    for given in (x, x.float()):
+        basis = Examples(given).basis.numpy()
+        u, s, _ = np.linalg.svd(given.double().numpy() - given.double().numpy().mean(0), full_matrices=False)
+        expected = u[:, s > max(n, p) * measures.EPSILON * s[0]]
+        assert basis.shape == expected.shape
+        np.testing.assert_allclose(basis @ basis.T, expected @ expected.T, atol=1e-9)
+        np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-9)
+
+
 def test_low_rank_features_need_only_as_many_examples_as_their_rank():
     x = torch.randn(30, 2, dtype=torch.float64) @ torch.randn(2, 50, dtype=torch.float64)
-    assert measures.pwcca(x, 2 * x) == pytest.approx(1)
+    assert pwcca(x, 2 * x) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
