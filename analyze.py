@@ -13,12 +13,9 @@ that is undefined is null with its reason. What has been measured is kept in ana
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import difflib
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,20 +23,18 @@ from typing import NamedTuple
 import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
 import yaml
-from torch import Tensor
-from tqdm import tqdm
 
 from config import ConfigError, config_from_dict
-from instruments import components, measures, report
-from instruments.components import KINDS, AnalysisError, Component, Request, Row, bases, matrices, target_of, updates
+from config.reading import show
+from instruments import report
+from instruments.components import KINDS, AnalysisError, Request, Row, target_of
 from instruments.measures import MEASURES, PAIRED, SINGLE
+from instruments.measuring import analyse
+from instruments.results import Results, table_text
 from instruments.snapshots import Snapshots
 from optim import learning_rate_multiplier
 from runtime.command import Parser, command
-from runtime.files import write_text
-
-FIELDS = ("step", "other_step", "split", "data", "component", "metric", "value", "reason")  # other: compared with, or since
-BATCH = 1 << 23  # entries of matrices whose spectra are computed together: bounds the memory
+from runtime.log import printable
 
 DEFAULT = [
     Request(list(SINGLE), "updates"), Request(list(SINGLE), "weights"), Request(list(SINGLE), "gradients", "train"),
@@ -47,107 +42,6 @@ DEFAULT = [
     Request(["effective_rank", "per", "norm_nuclear"], "weights", circuit=True),
     Request(list(PAIRED), "activations", circuit=True),
 ]
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-def steps_read(run: Snapshots, step: int, request: Request) -> list[int]:
-    """The snapshots that a request looks at for one step."""
-    if request.data == "updates":
-        return [step, *bases(run, step, request).values()]
-    return [step, *([target_of(run, request)] if set(request.metrics) & set(PAIRED) else [])]
-
-
-def rows_of_step(run: Snapshots, step: int, request: Request) -> list[Row]:
-    """What a request asks for at one step, as rows of FIELDS; where there is nothing to measure, a row that says so."""
-    single, paired = ([m for m in request.metrics if m in kind] for kind in (SINGLE, PAIRED))
-    if request.circuit and request.data == "gradients":
-        return [empty_row(step, request, "the OV circuit is a product of two layers, and has no gradient of its own")]
-    rows: list[Row] = []
-    if request.data == "updates":
-        if paired:
-            return [empty_row(step, request, "compares representations of examples: use activations")]
-        for label, base, deltas in updates(run, step, request):
-            rows += single_rows(deltas, single, {"step": step, "other_step": base, "split": request.split, "data": label})
-        return rows or [empty_row(step, request, "there is no such layer, or no snapshot to count from")]
-    split, _ = run.load(step, request.split, request.data)
-    here = {"step": step, "other_step": None, "split": split, "data": request.data}
-    if single:
-        rows += single_rows(matrices(run, step, request), single, here)
-    if paired:
-        rows += paired_rows(run, step, request, paired, here)
-    return rows or [empty_row(step, request, f"the snapshot holds no such {request.data}")]
-
-
-def empty_row(step: int, request: Request, reason: str) -> Row:
-    what = "ov_circuit" if request.circuit else ", ".join(request.suffixes) or "every layer"
-    return dict(zip(FIELDS, (step, None, request.split, request.data, what, ", ".join(request.metrics), None, reason)))
-
-
-def single_rows(found: Iterable[Component], metrics: list[str], here: Row) -> list[Row]:
-    """Rows of single-matrix measures; matrices of one shape share a batched SVD, of BATCH entries at most."""
-    rows: list[Row] = []
-    waiting: dict[tuple[int, ...], list[Component]] = {}
-
-    def measure(batch: list[Component]) -> None:
-        plain = [c for c in batch if c.spectrum is None]
-        spectra = dict(zip([c.name for c in plain], measures.singular_values(torch.stack([c.entries for c in plain])))) \
-            if plain else {}
-        for component in batch:
-            rows.extend(component_rows(component, spectra.get(component.name, component.spectrum), metrics, here))
-        batch.clear()
-    for component in found:
-        batch = waiting.setdefault(tuple(component.entries.shape), [])
-        batch.append(component)
-        if (len(batch) + 1) * component.entries.numel() > BATCH:
-            measure(batch)
-    for batch in waiting.values():
-        measure(batch)
-    return rows
-
-
-def component_rows(component: Component, values: Tensor, metrics: list[str], here: Row) -> Iterator[Row]:
-    found = measures.of_matrix(component.entries, values, component.noise, metrics)
-    spectrum = [float(f"{v:.5g}") for v in values.tolist()] if values.isfinite().all() else None
-    found["spectrum"] = spectrum, None if spectrum else "the matrix is not finite"
-    for metric, (value, reason) in found.items():
-        yield here | {"component": component.name, "metric": metric, "value": value, "reason": reason}
-
-
-def paired_rows(run: Snapshots, step: int, request: Request, metrics: list[str], here: Row) -> list[Row]:
-    """Rows of measures of a component's examples at this step and at the target."""
-    target, rows = target_of(run, request), []
-    others = {c.name: c.entries for c in matrices(run, target, request)}
-    for component in matrices(run, step, request):
-        for metric in metrics:
-            value, reason = None, f"the snapshot of step {target} holds no such layer"
-            if component.name in others:
-                value, reason = measures.of_pair(component.entries, others[component.name], metric)
-            rows.append(here | {"other_step": target, "component": component.name, "metric": metric, "value": value,
-                                "reason": reason})
-    return rows
-
-
-def analyse(run: Snapshots, requests: list[Request], steps: Iterable[int], out: Path) -> list[Row]:
-    """Rows of all steps, measured or from the cache; where that cannot be written, they are measured each time."""
-    rows: dict[tuple, Row] = {}  # what two requests ask for is told once
-    fingerprints = {step: run.fingerprint(step) for step in run.folders}
-    files = (__file__, components.__file__, measures.__file__)
-    code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
-    for step in tqdm(steps, desc=f"analysing {run.path}", unit=" steps", disable=None):
-        for request in requests:
-            read = [(s, fingerprints[s]) for s in steps_read(run, step, request)]
-            key = hashlib.sha256(repr((code, request, read)).encode()).hexdigest()[:16]
-            cached = out / "cache" / f"step_{step}-{key}.json"
-            try:
-                found = json.loads(cached.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # not there, or damaged
-                found = rows_of_step(run, step, request)
-                with contextlib.suppress(OSError):
-                    cached.parent.mkdir(parents=True, exist_ok=True)
-                    write_text(cached, json.dumps(found, allow_nan=False))
-            rows |= {tuple(row[name] for name in FIELDS[:-2]): row for row in found}
-    return list(rows.values())
 
 
 # ---- pico-analyze's YAML ----------------------------------------------------------------------------------------------
@@ -161,7 +55,7 @@ def read_requests(path: Path) -> tuple[list[Request], list[int] | range | None]:
         if isinstance(steps, dict):  # as there, the first step at or past `end` counts too
             steps = range(steps["start"], steps["end"] + steps["step"], steps["step"])
         elif not (steps is None or isinstance(steps, list)):
-            raise TypeError(f"steps are {{start, end, step}} or a list, not {steps!r}")
+            raise TypeError(f"steps are {{start, end, step}} or a list, not {show(steps)}")
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AnalysisError(f"{path}: not a pico-analyze configuration ({error})") from None
     return requests, steps
@@ -172,13 +66,13 @@ def _request(metric: dict, component: dict) -> Request:
     if name == "norm":
         name = f"norm_{metric['norm_type'].lower()}"
     if name not in MEASURES or component["component_name"] not in ("simple", "ov_circuit") or component["data_type"] not in KINDS:
-        raise AnalysisError(f"metric {name!r} of {component['component_name']!r} {component['data_type']!r} is not known; "
-                            f"metrics are {', '.join(MEASURES)}")
+        raise AnalysisError(f"metric {show(name)} of {show(component['component_name'])} {show(component['data_type'])} is not "
+                            f"known; metrics are {', '.join(MEASURES)}")
     if not (layers is None or isinstance(layers, list)):
-        raise TypeError(f"layers are a list such as [0, 11], not {layers!r}")
+        raise TypeError(f"layers are a list such as [0, 11], not {show(layers)}")
     target, split = metric.get("target_checkpoint"), metric.get("data_split", "val")
-    if not (target is None or isinstance(target, int)) or not isinstance(split, str):
-        raise TypeError(f"target_checkpoint is a step and data_split a name, not {target!r} and {split!r}")
+    if not (target is None or isinstance(target, int)) or not (isinstance(split, str) and re.fullmatch(r"[\w-]+", split)):
+        raise TypeError(f"target_checkpoint is a step and data_split a name, not {show(target)} and {show(split)}")
     circuit = component["component_name"] == "ov_circuit"
     listed = [suffixes["value_layer"], suffixes["output_layer"]] if circuit else [suffixes] if isinstance(suffixes, str) \
         else list(suffixes)
@@ -202,42 +96,29 @@ class Plan(NamedTuple):
         return found
 
 
-def write_tables(rows: list[Row], out: Path) -> None:
-    write_text(out / "metrics.json", json.dumps(rows, allow_nan=False) + "\n")
-    with open(out / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(row for row in rows if row["metric"] != "spectrum")
+def write_tables(rows: list[Row], results: Results) -> None:
+    results.write("metrics.json", json.dumps(rows, allow_nan=False) + "\n")
+    results.write("metrics.csv", table_text(rows[0], ([row[name] for name in rows[0]] for row in rows
+                                                            if row["metric"] != "spectrum")))
 
 
 def learning_rates(run: Snapshots) -> list[tuple[int, float]]:
-    """(step, learning rate) of every update so far, or nothing where another lab's config names its schedule."""
+    """(step, learning rate) of 20,000 updates so far at most, or nothing where another lab's config names its schedule."""
     try:
         cfg = config_from_dict(run.config)
     except ConfigError:
         return []
-    rate = cfg.training.optimization.lr
+    rate, steps = cfg.training.optimization.lr, range(min(cfg.last_step, max(run.folders)))
     return [(step, rate * learning_rate_multiplier(step, cfg.training, cfg.model.relora))
-            for step in range(min(cfg.last_step, max(run.folders)))]
+            for step in steps[::len(steps) // 20_000 + 1]]
 
 
-@contextlib.contextmanager
-def results_in(out: Path) -> Iterator[None]:
-    """Makes the folder at once: that it cannot be written is told before hours of measuring."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-        yield
-    except OSError as error:
-        raise AnalysisError(f"{out}: cannot be written ({error.strerror}); give another folder with --out") from None
-
-
-def compare(runs: dict[str, Snapshots], plan: Plan, out: Path) -> None:
-    with results_in(out):
-        tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis") for label, run in runs.items()}
-        write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], out)
-        print(f"open {report.write_comparison({label: run.path for label, run in runs.items()}, tables, out)}")
+def compare(runs: dict[str, Snapshots], plan: Plan, out: Path, device: torch.device) -> None:
+    results = Results(out, chosen=True)
+    tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis", device) for label, run in runs.items()}
+    write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], results)
+    page = report.write_comparison({label: run.path for label, run in runs.items()}, tables, results)
+    print(printable(f"open {page}"))
 
 
 def labelled(paths: list[Path]) -> dict[str, Path]:
@@ -256,7 +137,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="a YAML file of pico-analyze (default: all measures of all layers)")
     parser.add_argument("--since", type=int, metavar="STEP", help="also measure the updates since this step's snapshot")
     parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/analysis, or comparison)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where spectra are computed (default: cpu)")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise AnalysisError("--device cuda: there is no CUDA device here; leave it out to measure on the CPU")
+    device = torch.device(args.device)
     comparing = str(args.runs[0]) == "compare"
     if not comparing and not args.runs[0].exists() and difflib.get_close_matches(str(args.runs[0]), ["compare"]):
         raise AnalysisError(f"{args.runs[0]}: no such run; did you mean compare?")
@@ -269,15 +154,15 @@ def main() -> None:
     for run in runs.values():
         plan.steps(run)  # what cannot be asked for is told before anything is made
     if comparing:
-        compare(runs, plan, args.out or Path("comparison"))
+        compare(runs, plan, args.out or Path("comparison"), device)
         return
     for label, run in runs.items():
         out = run.path / "analysis" if args.out is None else args.out / label if len(runs) > 1 else args.out
-        with results_in(out):
-            rows = analyse(run, plan.requests, plan.steps(run), out)
-            write_tables(rows, out)
-            page = report.write_run(run.path, run.config, learning_rates(run), rows, out)
-        print(f"{len(rows):,} measures of {len({row['step'] for row in rows})} steps in {out}; open {page}")
+        results = Results(out, chosen=args.out is not None)
+        rows = analyse(run, plan.requests, plan.steps(run), out, device)
+        write_tables(rows, results)
+        page = report.write_run(run.path, run.config, learning_rates(run), rows, results)
+        print(printable(f"{len(rows):,} measures of {len({row['step'] for row in rows})} steps in {out}; open {page}"))
 
 
 if __name__ == "__main__":

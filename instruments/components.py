@@ -94,15 +94,17 @@ def target_of(run: Snapshots, request: Request) -> int:
     return target
 
 
-def updates(run: Snapshots, step: int, request: Request) -> Iterator[tuple[str, int | None, Iterator[Component]]]:
-    """(label, base step, differences of effective weights); what rounding of the two leaves is told with each."""
+def updates(run: Snapshots, step: int, request: Request) -> Iterator[tuple[list[str], int | None, Iterator[Component]]]:
+    """(labels, base step, differences of effective weights); what rounding of the two leaves is told with each."""
     def difference(now: Component, before: Tensor) -> Component:
         noise = measures.EPSILON * (now.entries.norm() + before.norm()).item()
         return Component(now.name, now.entries - before, noise=noise)
-    for label, base in bases(run, step, request).items():
+    found = bases(run, step, request)
+    for base in dict.fromkeys(found.values()):
         old = {m.name: m.entries for m in matrices(run, base, request)}
-        yield label, base, (difference(m, old[m.name]) for m in matrices(run, step, request) if m.name in old)
+        labels = [label for label, other in found.items() if other == base]
+        yield labels, base, (difference(m, old[m.name]) for m in matrices(run, step, request) if m.name in old)
     if request.target is None and not request.circuit:
         _, weights = run.load(step, request.split, "weights")
-        yield "updates within the cycle", None, (difference(m, weights[f"{m.name}.base"]) for m in matrices(run, step, request)
-                                                 if f"{m.name}.base" in weights)
+        yield ["updates within the cycle"], None, (difference(m, weights[f"{m.name}.base"])
+                                                   for m in matrices(run, step, request) if f"{m.name}.base" in weights)

@@ -1,21 +1,20 @@
-"""The figures of an analysis, from analyze.py's rows and a run's metrics.jsonl. Needs matplotlib, which nothing else here does.
+"""The figures of an analysis, from analyze.py's rows and a run's record. Needs matplotlib, which nothing else here does.
 
 A sheet has a row of panels a measure, a column a kind of layer, and a line a layer, or a run where several are compared.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import UserError
 from instruments.components import Row, layer_of
 from instruments.measures import MEASURES, PAIRED
+from instruments.record import Curves
 
 LABELS = {name: measure.label for name, measure in MEASURES.items()}
 RANKS = ("effective_rank", "numerical_rank")
@@ -28,7 +27,9 @@ CHAPTERS = {  # data: what to know of it
     "weights": "Effective weights W + s B A.",
     "gradients": "Of the mean loss with respect to the effective weights.",
     "activations": "Outputs of the layers at one position of each example. CKA and PWCCA compare a step's with those of the step "
-                   "named; PWCCA of noise is 0.45 where there are 4 examples for each dimension, and falls with more.",
+                   "named. CKA of unrelated examples is what CKA would be on average if the examples were paired at random: only "
+                   "what lies above it is likeness. Debiased CKA is 0 there, and may be negative. PWCCA of noise is 0.45 where "
+                   "there are 4 examples for each dimension, and falls with more.",
 }
 
 
@@ -47,7 +48,8 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-                         "axes.spines.right": False, "legend.frameon": False})
+                         "axes.spines.right": False, "legend.frameon": False,
+                         "text.parse_math": False})  # a run may be named a$b$
     return plt
 
 
@@ -75,21 +77,6 @@ def over_steps(axis) -> None:
 
 
 # ---- what there is to draw --------------------------------------------------------------------------------------------
-
-def training_record(run: Path) -> dict[str, list[tuple[int, Any]]]:
-    """{key: [(step, value), ...]} of metrics.jsonl; a last line that is being written is left out."""
-    found: dict[str, list] = defaultdict(list)
-    path = run / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        for key, value in record.items():
-            if key != "step" and value is not None:
-                found[key].append((record["step"], value))
-    return found
-
 
 def part_of(component: str) -> str:
     """The kind of component, its name without the layer: attention.o_proj."""
@@ -165,7 +152,8 @@ def sheet(plt, lines: dict[str, dict[str, list[Line]]], title: str, labels: dict
             if not parts.get(part) and part != columns[0]:
                 axis.axis("off")  # which leaves the title of a column
         across[0].set_ylabel(labels[metric])
-        scale(across[0], metric, max(high for found in parts.values() for line in found for _, high in line.spread))
+        spread = [extreme for found in parts.values() for line in found for both in line.spread for extreme in both]
+        scale(across[0], metric, min(spread), max(spread))
     for column, part in zip(axes.T, columns):
         column[0].set_title(part, fontsize=9)
         lowest = [axis for axis in column if axis.axison][-1]
@@ -184,12 +172,14 @@ def sheet(plt, lines: dict[str, dict[str, list[Line]]], title: str, labels: dict
     return figure
 
 
-def scale(axis, metric: str, largest: float) -> None:
+def scale(axis, metric: str, least: float, largest: float) -> None:
     """Condition numbers span decades; a fraction is read against 0 and 1, a rank or a norm against 0."""
     if MEASURES[metric].scale == "log":
         axis.set_yscale("log")
     elif MEASURES[metric].scale == "fraction":
         axis.set_ylim(-0.03, 1.03)
+    elif MEASURES[metric].scale == "similarity":
+        axis.set_ylim(min(0, least) - 0.03, 1.03)
     else:
         axis.set_ylim(0, 1.08 * largest or 1)
 
@@ -257,8 +247,7 @@ def plot_spectra(plt, rows: list[Row]):
     return figure
 
 
-def plot_training(plt, run: Path, rates: list[tuple[int, float]]):
-    record = training_record(run)
+def plot_training(plt, name: str, record: Curves, rates: list[tuple[int, float]]):
     if not record["train/loss"]:
         return None
     figure, (axis, below) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, height_ratios=(3, 1))
@@ -267,15 +256,16 @@ def plot_training(plt, run: Path, rates: list[tuple[int, float]]):
     for number, (step, _) in enumerate(record["relora/reset_count"]):
         for panel in (axis, below):
             panel.axvline(step, color="0.6", linewidth=0.8, linestyle=":", label="merge" if not number else None)
-    below.plot(*zip(*(rates or record["trainer/learning_rate"])), color="tab:green", linewidth=1)
-    axis.set(ylabel="loss (nats a token, log scale)", title=f"{run.name}: loss and learning rate")
+    if rates := rates or record["trainer/learning_rate"]:
+        below.plot(*zip(*rates), color="tab:green", linewidth=1)
+    axis.set(ylabel="loss (nats a token, log scale)", title=f"{name}: loss and learning rate")
     below.set(ylabel="learning rate", ylim=(0, None))
     over_steps(below)
     axis.legend(loc="upper right")
     return figure
 
 
-def draw_loss(axis, record: dict, points: list[tuple[float, float]], colour: str, label: str) -> None:
+def draw_loss(axis, record: Curves, points: list[tuple[float, float]], colour: str, label: str) -> None:
     """Training loss over any measure of progress, and the evaluations' as markers where that is the step."""
     axis.plot(*zip(*points), color=colour, linewidth=1.2, label=label)
     axis.set_yscale("log")
@@ -289,22 +279,24 @@ def draw_loss(axis, record: dict, points: list[tuple[float, float]], colour: str
                           label=f"{label}: {key[5:-5]}" if label != "training loss" else f"{key[5:-5]} loss")
 
 
-def plot_losses(plt, runs: dict[str, Path]):
+def plot_losses(plt, records: dict[str, Curves]):
     """Loss over steps, tokens and seconds of training."""
     figure, [axes] = panels(plt, 1, 3, 3.3, top=0.2, sharey=True)
-    for number, (name, run) in enumerate(runs.items()):
-        record = training_record(run)
+    for number, (name, record) in enumerate(records.items()):
         if not record["train/loss"]:
             continue
         tokens, speed, clock, before = dict(record["tokens"]), dict(record["tokens_per_second"]), 0.0, 0
         by_tokens, by_time = [], []
         for step, loss in record["train/loss"]:
+            if step not in tokens or speed.get(step, 0) <= 0:
+                continue
             clock += (tokens[step] - before) / speed[step]
             before = tokens[step]
             by_tokens.append((tokens[step] / 1e6, loss))
             by_time.append((clock, loss))
         for axis, points in zip(axes, (record["train/loss"], by_tokens, by_time)):
-            draw_loss(axis, record, points, f"C{number}", name)
+            if points:
+                draw_loss(axis, record, points, f"C{number}", name)
     for axis, label in zip(axes, ("step", "millions of tokens", "seconds of training, each on its machine")):
         axis.set_xlabel(label)
     axes[0].set_ylabel("training loss (nats a token, log scale)")

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from config.reading import show
 from instruments.components import Row, layer_of
 from instruments.measures import PAIRED
 from instruments.plots import (CHAPTERS, CIRCUIT, LABELS, RANKS, Line, axis_labels, curves, layer_lines, part_of, plot_heat,
-                               plot_losses, plot_spectra, plot_training, pyplot, run_line, sheet, training_record)
+                               plot_losses, plot_spectra, plot_training, pyplot, run_line, sheet)
+from instruments.record import Curves, training_record
+from instruments.results import Results
+from runtime.log import printable
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
 figure{margin:1em 0 2em}figcaption,.note{color:#555}table{border-collapse:collapse;font-size:13px;margin:1em 0}
@@ -30,39 +35,45 @@ nav a{margin-right:1.2em}"""
 class Page:
     """Chapters of pictures and tables, written as one HTML file; pictures also as PNG files beside it."""
 
-    def __init__(self, plt, title: str, out: Path):
-        self.plt, self.title, self.out, self.chapters = plt, title, out, []
-        for old in out.glob("*.png"):
-            old.unlink()
+    def __init__(self, plt, title: str, results: Results):
+        self.plt, self.title, self.results, self.chapters = plt, title, results, []
 
     def chapter(self, title: str, note: str, *content: str) -> None:
         if any(content):
-            self.chapters.append((title, f"<p class=note>{html.escape(note)}</p>{''.join(content)}"))
+            self.chapters.append((title, f"<p class=note>{escape(note)}</p>{''.join(content)}"))
 
     def picture(self, name: str, figure, words: str = "") -> str:
         if figure is None:
             return ""
-        figure.savefig(self.out / f"{name}.png")
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
         self.plt.close(figure)
-        data = base64.b64encode((self.out / f"{name}.png").read_bytes()).decode()
-        caption = f"<figcaption>{html.escape(words)}</figcaption>" if words else ""
-        return f'<figure><img alt="{html.escape(words or name)}" src="data:image/png;base64,{data}">{caption}</figure>'
+        self.results.write(f"{name}.png", image.getvalue())
+        data = base64.b64encode(image.getvalue()).decode()
+        caption = f"<figcaption>{escape(words)}</figcaption>" if words else ""
+        return f'<figure><img alt="{escape(words or name)}" src="data:image/png;base64,{data}">{caption}</figure>'
 
     def write(self) -> Path:
-        links = "".join(f"<a href='#c{n}'>{html.escape(title)}</a>" for n, (title, _) in enumerate(self.chapters))
-        body = "".join(f"<h2 id=c{n}>{html.escape(title)}</h2>{text}" for n, (title, text) in enumerate(self.chapters))
-        path = self.out / "report.html"
-        path.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-                        f"<title>{html.escape(self.title)}</title><style>{STYLE}</style><h1>{html.escape(self.title)}</h1>"
-                        f"<nav>{links}</nav>{body}</html>\n", encoding="utf-8")
+        links = "".join(f"<a href='#c{n}'>{escape(title)}</a>" for n, (title, _) in enumerate(self.chapters))
+        body = "".join(f"<h2 id=c{n}>{escape(title)}</h2>{text}" for n, (title, text) in enumerate(self.chapters))
+        text = (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+                f"<title>{escape(self.title)}</title><style>{STYLE}</style><h1>{escape(self.title)}</h1><nav>{links}</nav>{body}"
+                "</html>\n")
+        path = self.results.write("report.html", text)
+        self.results.finish()
         return path
+
+
+def escape(text: str) -> str:
+    """A stranger's name as text of a page, and no more than that."""
+    return html.escape(printable(text))
 
 
 def table(head: list[str], body: Iterable[list[Any]]) -> str:
     def cell(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
+        return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
     lines = "".join(f"<tr>{''.join(f'<td>{cell(v)}' for v in line)}" for line in body)
-    return f"<table><tr>{''.join(f'<th>{html.escape(h)}' for h in head)}{lines}</table>" if lines else ""
+    return f"<table><tr>{''.join(f'<th>{escape(h)}' for h in head)}{lines}</table>" if lines else ""
 
 
 def rank_table(rows: list[Row], data: str = "updates since the start") -> str:
@@ -96,13 +107,22 @@ def undefined_table(rows: list[Row]) -> str:
     return table(["data", "measure", "values", "why"], [[d, m, str(n), why] for (d, m, why), n in counts.items()])
 
 
+def plain(value: Any) -> str:
+    return value[:100] if isinstance(value, str) else show(value)
+
+
 def run_summary(config: dict, rows: list[Row]) -> str:
     """What one must know of a run to read its figures."""
-    m, o = config["model"], config["training"].get("optimization", {})
-    relora = m.get("relora")
-    words = [f"d_model {m['d_model']}, {m.get('n_layers')} layers, {m['attention_n_heads']} heads on {m['attention_n_kv_heads']}",
-             f"ReLoRA r {relora.get('r', 128)}, merged every {relora['reset_frequency']} steps" if relora else "full-rank",
-             f"{o.get('optimizer')}, learning rate {o.get('lr')}, {o.get('lr_scheduler')}"]
+    def options(tree: Any, *path: str) -> dict:
+        for key in path:
+            tree = tree.get(key) if isinstance(tree, dict) else None
+        return tree if isinstance(tree, dict) else {}
+    m, o, relora = options(config, "model"), options(config, "training", "optimization"), options(config, "model", "relora")
+    words = [f"d_model {m['d_model']}, {show(m.get('n_layers'))} layers, {m['attention_n_heads']} heads on "
+             f"{m['attention_n_kv_heads']}",
+             f"ReLoRA r {show(relora.get('r', 128))}, merged every {show(relora.get('reset_frequency'))} steps" if relora
+             else "full-rank",
+             f"{plain(o.get('optimizer'))}, learning rate {show(o.get('lr'))}, {plain(o.get('lr_scheduler'))}"]
     splits = sorted({f"{row['data']} of the {row['split']} snapshot" for row in rows if not row["data"].startswith("update")})
     return "; ".join(words) + ". Measured: " + ", ".join(splits) + "."
 
@@ -110,23 +130,25 @@ def run_summary(config: dict, rows: list[Row]) -> str:
 def rank_bounds(config: dict, rows: list[Row], merges: list[int]) -> dict[str, list[tuple[int, float]]]:
     """{part: what the rank of the cumulative update cannot exceed}: r a cycle, and the layer's own size."""
     relora, bounds = config["model"].get("relora"), {}
-    for row in rows if relora else ():
+    rank = relora.get("r", 128) if isinstance(relora, dict) else None
+    for row in rows if type(rank) is int else ():
         if row["data"] == "updates since the start" and row["metric"] == "spectrum" and row["value"]:
             cycles = sum(merge < row["step"] for merge in merges) + 1
             points = bounds.setdefault(part_of(row["component"]), {})
-            points[row["step"]] = min(relora.get("r", 128) * cycles, len(row["value"]))
+            points[row["step"]] = min(rank * cycles, len(row["value"]))
     return {part: sorted(points.items()) for part, points in bounds.items() if part != CIRCUIT}
 
 
-def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: list[Row], out: Path) -> Path:
-    """Draw one run's analysis into `out`; returns the page."""
+def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: list[Row], results: Results) -> Path:
+    """Draw one run's analysis; returns the page."""
     plt = pyplot()
-    page, merges = Page(plt, f"{run.name}: learning dynamics", out), [s for s, _ in training_record(run)["relora/reset_count"]]
+    page, record = Page(plt, f"{run.name}: learning dynamics", results), training_record(run)
+    merges = [step for step, _ in record["relora/reset_count"]]
     depth = max((layer_of(r["component"]) for r in rows if r["value"] is not None), default=0) + 1
 
     def lines(data: str, metrics: Iterable[str]) -> dict[str, dict[str, list[Line]]]:
         return {m: {part: layer_lines(plt, layers, m, depth) for part, layers in curves(rows, data, m).items()} for m in metrics}
-    page.chapter("Training", run_summary(config, rows), page.picture("training", plot_training(plt, run, rates)))
+    page.chapter("Training", run_summary(config, rows), page.picture("training", plot_training(plt, run.name, record, rates)))
     ranks = sheet(plt, lines("updates since the start", RANKS), "Rank of the cumulative update", LABELS,
                   rank_bounds(config, rows, merges), merges)
     page.chapter("Does the rank of the update grow?", "Effective weight minus that of the first snapshot. Dotted: merges; "
@@ -144,11 +166,9 @@ def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: lis
 
 # ---- several runs --------------------------------------------------------------------------------------------------------------
 
-def run_table(runs: dict[str, Path], tables: dict[str, list[Row]]) -> str:
+def run_table(records: dict[str, Curves], tables: dict[str, list[Row]]) -> str:
     body = []
-    for name, run in runs.items():
-        record = training_record(run)
-
+    for name, record in records.items():
         def last(key: str, record=record) -> Any:
             return float(record[key][-1][1]) if record[key] else ""
         tokens = f"{record['tokens'][-1][1]:,}" if record["tokens"] else ""
@@ -165,12 +185,13 @@ def mean_at_end(rows: list[Row], data: str, metric: str) -> Any:
     return statistics.fmean(r["value"] for r in chosen if r["step"] == last) if chosen else ""
 
 
-def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], out: Path) -> Path:
+def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], results: Results) -> Path:
     """Overlay several runs' analyses; returns the page."""
     plt = pyplot()
-    page = Page(plt, "Runs compared: " + ", ".join(runs), out)
+    page = Page(plt, "Runs compared: " + ", ".join(runs), results)
+    records = {name: training_record(run) for name, run in runs.items()}
     page.chapter("Training", "Lines: training loss; markers: loss on held-out rows. Time leaves out evaluation and saving. Ranks "
-                 "are means over the layers.", page.picture("loss", plot_losses(plt, runs)), run_table(runs, tables))
+                 "are means over the layers.", page.picture("loss", plot_losses(plt, records)), run_table(records, tables))
     for data in dict.fromkeys([*CHAPTERS, *(row["data"] for rows in tables.values() for row in rows)]):
         lines: dict[str, dict[str, list[Line]]] = {}
         for metric in LABELS:

@@ -20,6 +20,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, Writer, gather_state, read_manifest, step_folders, torch_writer
 from config import CheckpointingConfig, ConfigError, LearningDynamicsConfig
+from config.reading import show
 from data import to_device
 from hub.tokenizers import Tokenizer
 from relora import HEAD, ReLoRALinear
@@ -160,6 +162,21 @@ def optimizer_states(state: dict[str, dict], suffixes: list[str]) -> dict[str, T
 
 # ---- reading them back -------------------------------------------------------------------------------------------------
 
+def _is_matrix(name: Any, tensor: Any) -> bool:
+    """Whether it is a layer's, whole and in memory that the file holds: names end up in tables, pages and file names."""
+    return (isinstance(name, str) and re.fullmatch(r"layers\.\d{1,6}(\.\w+)+", name, re.ASCII) is not None
+            and isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
+            and tensor.dim() == 2 and 0 < tensor.nbytes <= tensor.untyped_storage().nbytes())
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    """Raises ConfigError where the sizes that OV circuits are cut by are not there or do not fit."""
+    sizes = [model[key] for key in ("d_model", "attention_n_heads", "attention_n_kv_heads")]
+    if not all(type(size) is int and 0 < size < 1 << 20 for size in sizes) or sizes[0] % sizes[1] or sizes[1] % sizes[2]:
+        raise ConfigError(f"model: d_model, attention_n_heads and attention_n_kv_heads are {', '.join(map(show, sizes))}; each "
+                          "must be a number that the one after it divides")
+
+
 class Snapshots:
     """The snapshots in a run folder, and the run's configuration. Raises CheckpointError where there are none."""
 
@@ -169,8 +186,12 @@ class Snapshots:
             self.config = yaml.safe_load((run / "training_config.yaml").read_text(encoding="utf-8"))
             options = self.config["checkpointing"]
             self.dynamics, checkpoints = options["learning_dynamics_dir"], run / options["checkpoints_dir"]
+            run / self.dynamics  # a text
+            _check_model(self.config["model"])
         except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
             raise CheckpointError(f"{run}: not a run folder ({error}){did_you_mean(run)}") from None
+        except (ConfigError, RecursionError) as error:
+            raise CheckpointError(f"{run}/training_config.yaml: {error}") from None
         self.folders = {int(f.name[5:]): f for f in reversed(step_folders(checkpoints)) if (f / self.dynamics).is_dir()}
         if not self.folders:
             raise CheckpointError(f"{run}: holds no snapshots; train with checkpointing.learning_dynamics")
@@ -184,11 +205,14 @@ class Snapshots:
                     tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 except Exception as error:
                     raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-                if not (isinstance(tensors, dict) and all(re.match(r"layers\.\d+\.", str(key)) and isinstance(value, Tensor)
-                                                          and value.dim() == 2 for key, value in tensors.items())):
+                if not isinstance(tensors, dict) or not all(map(_is_matrix, tensors, tensors.values())):
                     raise CheckpointError(f"{path}: not matrices named layers.N....")
                 return name, tensors
         return split, {}
+
+    def size(self, step: int) -> int:
+        """Bytes of a step's files."""
+        return sum(path.stat().st_size for path in (self.folders[step] / self.dynamics).iterdir())
 
     def fingerprint(self, step: int) -> str:
         """Of the snapshot's files, from the manifest."""

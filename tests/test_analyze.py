@@ -8,10 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import analyze
 import lab
-from instruments import plots, report
+from instruments import measuring, plots, report
+from instruments.snapshots import Snapshots
 
 DEMO = """
 analysis_name: demo
@@ -37,7 +39,7 @@ def runs(dataset, tmp_path_factory):
         path = lab.write_config(here / f"{name}.yaml", lab.tiny_tree(dataset, here, name, relora=name == "relora"))
         lab.call("train.py", path, "checkpointing.learning_dynamics.optimizer_states=true")
     with open(here / "relora/metrics.jsonl", "a") as file:
-        file.write('{"step": 21, "tr')  # as a run that is still writing leaves it
+        file.write('[]\n{"step": 21, "tr')  # what is no object, and as a run that is still writing leaves it
     lab.call("analyze.py", here / "relora")
     return here
 
@@ -114,6 +116,22 @@ def test_a_second_call_measures_only_new_steps(runs, tmp_path, monkeypatch):
     next((run / "analysis/cache").iterdir()).write_text("[{")  # as a full disk might leave it
     lab.call("analyze.py", run)
     assert rows(run / "analysis") == rows(runs / "relora/analysis")
+
+
+def test_several_processes_measure_the_same(runs, tmp_path, monkeypatch):
+    """And give back the threads that there were."""
+    (tmp_path / "demo.yaml").write_text(DEMO)
+    requests, _ = analyze.read_requests(tmp_path / "demo.yaml")
+    run, threads = Snapshots(runs / "relora"), torch.get_num_threads()
+    alone = measuring.analyse(run, requests, [10, 20], tmp_path / "alone")
+    monkeypatch.setattr(measuring, "LARGE", 0)
+    torch.set_num_threads(2)
+    try:
+        together = measuring.analyse(run, requests, [10, 20], tmp_path / "together")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert together == alone and len(alone) > 50
 
 
 def test_a_yaml_file_of_pico_analyze_runs_unchanged(runs, tmp_path):
@@ -212,6 +230,61 @@ def test_many_layers_are_told_by_a_bar_and_many_runs_by_a_legend():
         plt.close(figure)
 
 
+def test_what_a_stranger_put_into_a_run_is_not_believed_and_leads_nowhere(runs, tmp_path):
+    """Forged rows under the very name that a cache has, formulas for spreadsheets, links, and names that are HTML."""
+    name = "<img src=x onerror=alert(1)>$\\frac{$ _=1"
+    run, mine = tmp_path / name, tmp_path / "mine"
+    mine.mkdir()
+    (mine / "weights.png").write_text("mine")
+    (tmp_path / "asked.yaml").write_text(REQUEST.format(**ASKED))
+    asked, out = ("--config", tmp_path / "asked.yaml"), tmp_path / "out"
+    shutil.copytree(runs / "full", run, ignore=shutil.ignore_patterns("analysis"))
+    lab.call("analyze.py", run, *asked, "--out", out)
+    expected = rows(out)
+    for cached in (out / "cache").iterdir():
+        kept = json.loads(cached.read_text())
+        for row in kept["rows"]:
+            row |= {"component": "layers.0.../../../x", "value": 7.0, "reason": "=HYPERLINK(1)"}
+        cached.write_text(json.dumps(kept))
+    (out / "report.html").unlink()
+    (out / "report.html").symlink_to(mine / "made")
+    (out / ".writable").symlink_to(mine / "made")
+    lab.call("analyze.py", run, *asked, "--out", out)
+    assert rows(out) == expected and "onerror=alert(1)>" not in (out / "report.html").read_text()
+    assert "HYPERLINK" not in (out / "metrics.csv").read_text()
+    (run / "analysis").symlink_to(mine)
+    assert "is a link to" in lab.call("analyze.py", run, *asked, code=2)
+    printed = lab.call("analyze.py", "compare", run, runs / "full", *asked, "--out", tmp_path / "both")
+    assert "is not kept there" in printed and "onerror=alert(1)>" not in (tmp_path / "both/report.html").read_text()
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {"weights.png": "mine"}
+
+
+BAD_CONFIG = {"d_model": ["x", 0, 33, 16 ** 6000], "attention_n_heads": [0, None, 3], "attention_n_kv_heads": [True, 3]}
+
+
+@pytest.mark.parametrize("key", BAD_CONFIG)
+def test_a_configuration_that_does_not_fit_is_one_line(runs, tmp_path, key):
+    shutil.copytree(runs / "full", tmp_path / "run", ignore=shutil.ignore_patterns("analysis", "*.safetensors", "training_state"))
+    path = tmp_path / "run/training_config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    for value in BAD_CONFIG[key]:
+        path.write_text(yaml.safe_dump(tree | {"model": tree["model"] | {key: value if value != 16 ** 6000 else 0}}).replace(
+            f"{key}: 0", f"{key}: 0x1{'0' * 6000}" if value == 16 ** 6000 else f"{key}: 0"))
+        assert "training_config.yaml: model: " in lab.call("analyze.py", tmp_path / "run", code=2)
+
+
+@pytest.mark.parametrize("name, tensor", [
+    ("v_proj", torch.ones(2, 2, dtype=torch.complex64)), ("v_proj", torch.ones(2, 2, dtype=torch.int64)),
+    ("v_proj", torch.ones(0, 3)), ("v_proj", torch.ones(3)), ("v_proj", torch.ones(1, 1).expand(10**6, 10**6)),
+    ("v_proj", torch.eye(2).to_sparse()), ("../../x", torch.ones(2, 2)), ("<b>", torch.ones(2, 2)), ("", torch.ones(2, 2))],
+    ids=lambda value: str(value)[:9])
+def test_what_is_no_matrix_of_a_layer_is_refused(runs, tmp_path, name, tensor):
+    copy = tmp_path / "run"
+    shutil.copytree(runs / "full", copy, ignore=shutil.ignore_patterns("analysis", "*.safetensors", "training_state"))
+    torch.save({f"layers.0.{name}": tensor}, copy / "checkpoints/step_0/learning_dynamics/val_weights.pt")
+    assert "not matrices named layers.N" in lab.call("analyze.py", copy, code=2)
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     a, b, c = tmp_path / "a/demo", tmp_path / "b/demo", tmp_path / "c"
     assert analyze.labelled([a, c]) == {"demo": a, "c": c}
@@ -230,6 +303,7 @@ def test_snapshots_hold_text_and_on_demand_the_optimizer_state(runs):
 
 @pytest.mark.parametrize("words, message", [
     (("nowhere",), "not a run folder"), (("compare", "nowhere"), "two runs"),
+    *([] if torch.cuda.is_available() else [(("{runs}/relora", "--device", "cuda"), "there is no CUDA device")]),
     (("{runs}/relora", "--config", "{runs}/relora.yaml"), "not a pico-analyze configuration")])
 def test_what_cannot_be_analysed_is_one_line(runs, words, message):
     printed = lab.call("analyze.py", *(word.format(runs=runs) for word in words), code=2)

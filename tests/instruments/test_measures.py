@@ -1,16 +1,27 @@
 """Measures against closed forms and values worked out by hand."""
 
+import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 
 from instruments import measures
-from instruments.measures import Undefined, cka, condition_number, effective_rank, gini, hoyer, of_matrix, pwcca, singular_values
+from instruments.measures import (Examples, Pair, Undefined, condition_number, effective_rank, gini, hoyer, of_matrix,
+                                  singular_values)
 
 SMALL = torch.tensor([[3.0, 0.0], [4.0, 5.0]])  # singular values sqrt 45 and sqrt 5
 X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [2.0, 2.0], [-2.0, -2.0]])
+
+
+def of_two(measure):
+    return lambda x, y: measure(Pair(Examples(x), Examples(y)))
+
+
+cka, cka_of_chance, cka_debiased, pwcca = (of_two(getattr(measures, name)) for name in (
+    "cka", "cka_of_chance", "cka_debiased", "pwcca"))
 
 
 def values_of(matrix, *args, **options):
@@ -73,6 +84,40 @@ def test_cka_and_pwcca_by_hand():
     assert cka(X, independent) == pytest.approx(0, abs=1e-12) and pwcca(X, independent) == pytest.approx(0, abs=1e-6)
 
 
+def hsic_of_quadruples(x, y):
+    """The unbiased estimate as its definition has it: the mean over all ordered quadruples of distinct examples."""
+    K, L = (x @ x.T).tolist(), (y @ y.T).tolist()
+    found = [K[i][j] * (L[i][j] + L[q][r] - 2 * L[i][q]) for i, j, q, r in itertools.permutations(range(len(x)), 4)]
+    return math.fsum(found) / len(found)
+
+
+@pytest.mark.parametrize("n, p, q", [(7, 3, 2), (6, 9, 8), (5, 1, 7)])
+def test_debiased_cka_is_the_u_statistic(n, p, q):
+    made = torch.Generator().manual_seed(n)
+    x, y = (torch.randn(n, size, generator=made, dtype=torch.float64) + 3 for size in (p, q))
+    xy, xx, yy = (hsic_of_quadruples(*pair) for pair in ((x, y), (x, x), (y, y)))
+    assert cka_debiased(x, y) == pytest.approx(xy / math.sqrt(xx * yy), rel=1e-9)
+    assert cka_debiased(x, -2 * x + 1) == pytest.approx(1)
+
+
+def test_what_cka_gives_by_chance_is_its_mean_over_all_pairings():
+    made = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(6, size, generator=made, dtype=torch.float64) for size in (4, 7))
+    found = [cka(x, y[list(order)]) for order in itertools.permutations(range(6))]
+    assert cka_of_chance(x, y) == pytest.approx(sum(found) / len(found), rel=1e-9)
+
+
+def test_noise_is_alike_to_plain_cka_and_not_to_the_debiased_one():
+    """16 examples of 512 dimensions: 0.97 by plain CKA, as is said beside it; 0 without the bias."""
+    made = torch.Generator().manual_seed(0)
+    pairs = [torch.randn(2, 16, 512, generator=made) for _ in range(40)]
+    plain, chance, debiased = (torch.tensor([measure(*pair) for pair in pairs]) for measure in (cka, cka_of_chance, cka_debiased))
+    assert plain.mean() > 0.96 and (plain - chance).abs().max() < 0.01
+    assert debiased.mean().abs() < 3 * debiased.std() / math.sqrt(40) and debiased.std() < 0.1 and (debiased < 0).any()
+    with pytest.raises(Undefined, match="3 examples are too few"):
+        cka_debiased(X[:3], X[:3])
+
+
 def test_pwcca_weighs_each_correlation_by_its_share_of_x():
     basis = torch.linalg.qr(torch.randn(40, 4, dtype=torch.float64))[0]
     basis = torch.linalg.qr(basis - basis.mean(0))[0]
@@ -81,7 +126,7 @@ def test_pwcca_weighs_each_correlation_by_its_share_of_x():
     assert pwcca(x, y) == pytest.approx((3 * 1 + 1 * 0.6) / 4)
 
 
-@pytest.mark.parametrize("measure", [cka, pwcca])
+@pytest.mark.parametrize("measure", [cka, cka_debiased, pwcca])
 def test_rotation_scale_and_shift_change_nothing_and_permuted_examples_much(measure):
     made = torch.Generator().manual_seed(1)
     x = torch.randn(200, 6, generator=made, dtype=torch.float64)
@@ -102,8 +147,9 @@ def test_what_is_undefined_says_so(matrix):
 def test_too_few_examples_are_undefined():
     with pytest.raises(Undefined, match="5 examples are too few"):
         pwcca(torch.randn(5, 8), torch.randn(5, 8))
-    with pytest.raises(Undefined, match="same for every example"):
-        cka(torch.ones(9, 3), torch.randn(9, 3))
+    for measure in (cka, cka_debiased, cka_of_chance):
+        with pytest.raises(Undefined, match="same for every example"):
+            measure(torch.ones(9, 3), torch.randn(9, 3))
 
 
 def test_independent_noise_is_never_called_alike_by_construction():
@@ -121,6 +167,31 @@ def test_a_product_has_the_singular_values_of_its_entries():
     np.testing.assert_allclose(measures.singular_values_of_product(left, right).numpy(), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4)])
+@pytest.mark.parametrize("condition", [1e3, 1e6, 1e9, 1e12])
+def test_singular_values_hold_to_rounding_of_the_largest(shape, condition):
+    """Against mpmath with 60 digits: a value of 1e-6 of the largest to 1e-9 of itself, one of 1e-9 to 1e-6, and so on."""
+    made = torch.Generator().manual_seed(0)
+    size = min(shape)
+    matrix = torch.randn(shape[0], size, generator=made, dtype=torch.float64) * torch.logspace(0, -math.log10(condition), size,
+                                                                                              dtype=torch.float64)
+    matrix = matrix @ torch.linalg.qr(torch.randn(shape[1], size, generator=made, dtype=torch.float64))[0].T
+    with mpmath.workdps(60):
+        exact = [float(v) for v in mpmath.svd_r(mpmath.matrix(matrix.tolist()), compute_uv=False)]
+    assert exact[0] / exact[-1] > condition / 10
+    np.testing.assert_allclose(singular_values(matrix).numpy(), exact, rtol=0, atol=4e-15 * exact[0])
+    batch = singular_values(torch.stack([matrix, 2 * matrix]))
+    np.testing.assert_allclose(batch.numpy(), [exact, [2 * v for v in exact]], rtol=0, atol=8e-15 * exact[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_gini_by_its_definition(dtype):
+    """The mean difference of all pairs over twice the mean, in NumPy's float64."""
+    x = torch.randn(7, 11).to(dtype)
+    sizes = np.abs(x.double().numpy().ravel())
+    assert gini(x) == pytest.approx(np.abs(sizes[:, None] - sizes).mean() / (2 * sizes.mean()), rel=1e-12)
+
+
 def test_what_rounding_leaves_of_two_weights_is_no_rank():
     made = torch.Generator().manual_seed(0)
     weight = torch.randn(128, 256, generator=made)
@@ -131,9 +202,26 @@ def test_what_rounding_leaves_of_two_weights_is_no_rank():
     assert values_of(difference, noise=noise)["numerical_rank"] == 3
 
 
+@pytest.mark.parametrize("n, p, rank, condition", [(40, 60, 9, 1), (60, 40, 9, 1), (90, 40, 40, 1e2), (40, 60, 9, 1e4),
+                                                   (90, 40, 40, 1e4), (40, 60, 9, 1e9), (90, 40, 20, 1e9)])
+def test_bases_by_gram_matrices_span_what_the_svd_does(n, p, rank, condition):
+    """Well-conditioned ones; others are left to the SVD, where with condition 1e9 some of them are rounding, and are cut off."""
+    made = torch.Generator().manual_seed(rank)
+    values = np.logspace(0, -math.log10(condition), rank)
+    x = with_spectrum(values.tolist(), n, p, seed=rank)
+    x = x - x.mean(0) + torch.randn(p, generator=made)
+    for given in (x, x.float()):
+        basis = Examples(given).basis.numpy()
+        u, s, _ = np.linalg.svd(given.double().numpy() - given.double().numpy().mean(0), full_matrices=False)
+        expected = u[:, s > max(n, p) * measures.EPSILON * s[0]]
+        assert basis.shape == expected.shape
+        np.testing.assert_allclose(basis @ basis.T, expected @ expected.T, atol=1e-9)
+        np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-9)
+
+
 def test_low_rank_features_need_only_as_many_examples_as_their_rank():
     x = torch.randn(30, 2, dtype=torch.float64) @ torch.randn(2, 50, dtype=torch.float64)
-    assert measures.pwcca(x, 2 * x) == pytest.approx(1)
+    assert pwcca(x, 2 * x) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
