@@ -3,6 +3,7 @@
     python export.py hf runs/demo OUT --dtype bfloat16      # a run's newest step for transformers, vLLM, llama.cpp
     python export.py import pico-lm/pico-decoder-tiny OUT   # a published Pico model, or a Llama folder, to use here
     python export.py upload runs/demo                       # what a run has not yet uploaded
+    python export.py verify owner/name --revision step-3000 # whether the Hub serves what the run has written
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ import config  # noqa: F401  # isort: skip  # before torch, whose threads it tea
 import torch
 
 from checkpoint import CheckpointError, publish
-from hub import published, uploads
+from config import DatasetConfig
+from hub import published, served, uploads
 from hub.architecture import not_llama
 from hub.folders import read_json, resolve
 from hub.llama import OWN, load_plain, writers
 from runtime.command import Parser, command
+
+
+def verify(repo: str, revision: str, download: bool) -> None:
+    right, wrong = served.verify_served(repo, revision, DatasetConfig.patience_minutes, download)
+    if wrong:
+        raise CheckpointError(f"{repo} at {revision}: {len(wrong)} of {right + len(wrong)} files are not what the run wrote: "
+                              f"{'; '.join(wrong)}")
+    print(f"{repo} at {revision}: {right} files are what the run wrote")
 
 
 def main() -> None:
@@ -34,7 +44,14 @@ def main() -> None:
     imported.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or its folder, where the source has none")
     uploaded = commands.add_parser("upload", help="send to the Hub what a run has not sent yet")
     uploaded.add_argument("run", type=Path, help="a run folder trained with checkpointing.hf_checkpoint.repo_id")
+    verified = commands.add_parser("verify", help="compare what the Hub serves with the manifest of the run")
+    verified.add_argument("repo", help="owner/name on the Hub")
+    verified.add_argument("--revision", required=True, help="a tag such as step-3000, a branch or a commit")
+    verified.add_argument("--download", action="store_true", help="fetch large files too, in place of asking for their SHA-256")
     args = parser.parse_args()
+    if args.command == "verify":
+        verify(args.repo, args.revision, args.download)
+        return
     if args.command == "upload":
         uploads.upload_run(args.run)
         return

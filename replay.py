@@ -32,7 +32,7 @@ from config import Config, ConfigError, UserError, config_from_dict, load_config
 from data import BatchLoader
 from hub import architecture, llama, streaming, tokenizers
 from instruments import snapshots
-from instruments.plots import training_record
+from instruments.record import training_record
 from runtime import dist, files, locks, machine, manifest, signals
 from runtime.command import Parser, command
 from runtime.errors import TrainingError

@@ -2,7 +2,9 @@
 
 One repository a model, one branch a run; every kind of file is a commit of its own, titled and laid out as pico-train
 does, so that pico-analyze finds it. What has been sent is read from the branch's own history, so each commit is made
-once, whatever failed in between. The token comes from the environment or the Hub's login, and is never written.
+once, whatever failed in between; evaluations made later go up too. A tag, step-N, is at the commit that holds a step's weights
+and state, its manifest, the record so far and a model card. The token comes from the environment or the Hub's login, and is
+never written.
 """
 
 from __future__ import annotations
@@ -11,46 +13,74 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint import CheckpointError, read_manifest, step_folders
 from config import CheckpointingConfig, load_config
+from hub.card import model_card
 from hub.client import Refused, with_retries
+from hub.served import git_blob_id
 from runtime.log import log
+from runtime.manifest import MANIFEST
 
 COMMITS_PER_HOUR = 120  # the Hub allows about 128 a repository
+RESULTS = "Saving Evaluation Results"
 
 
 class Commit(NamedTuple):
     title: str
-    files: dict[str, Path]  # path in the repository -> file here
+    files: dict[str, Path | bytes]  # path in the repository -> file here, or its content
+    tag: str | None = None  # to put on it
 
 
 def commits(run: Path, cfg: CheckpointingConfig) -> list[Commit]:
     """All commits that the run's files call for, oldest step first."""
     found = []
-    for folder in reversed(step_folders(run / cfg.checkpoints_dir)):
+    folders = list(reversed(step_folders(run / cfg.checkpoints_dir)))
+    for folder in folders:
         try:
             names = read_manifest(folder)
         except CheckpointError:
             continue
-        step, dynamics = int(folder.name[5:]), f"{cfg.learning_dynamics_dir}/"
+        step = int(folder.name[5:])
         if step == 0:
             found += [Commit("Saving Tokenizer -- Step 0", {n: folder / n for n in names if n.startswith("tokenizer")}),
                       Commit("Saving Training Config -- Step 0", {"training_config.yaml": run / "training_config.yaml"})]
-        found += [Commit(f"Saving HF Model -- Step {step}", {n: folder / n for n in names if "/" not in n}),
-                  Commit(f"Saving Fabric Checkpoint -- Step {step}",
-                         {n: folder / n for n in names if n.startswith(f"{cfg.fabric_checkpoint_dir}/")})]
-        for split in ("train", "val"):
-            chosen = {f"learning_dynamics/{n.removeprefix(dynamics)}": folder / n for n in names
-                      if n.startswith(f"{dynamics}{split}_")}
-            found.append(Commit(f"Saving Learning Dynamics Data ({split}) -- Step {step}", chosen))
+        found += step_commits(run, folder, names, cfg, newest=folder == folders[-1])
         results = Path(cfg.evaluation.eval_results_dir) / f"step_{step}.json"
         if (run / results).is_file():
-            found.append(Commit(f"Saving Evaluation Results -- Step {step}", {f"eval_results/{results.name}": run / results}))
+            found.append(Commit(f"{RESULTS} -- Step {step}", {f"eval_results/{results.name}": run / results}))
     return [commit for commit in found if commit.files]
+
+
+def step_commits(run: Path, folder: Path, names: Iterable[str], cfg: CheckpointingConfig, newest: bool) -> list[Commit]:
+    """The commits of one step folder, one a kind of file; the last has the manifest of all, and the step's tag.
+
+    The snapshots of the newest step may still be on their way: until they are there, neither is due.
+    """
+    step = int(folder.name[5:])
+    found = [Commit(f"Saving HF Model -- Step {step}", {n: folder / n for n in names if "/" not in n} | about(run, step)),
+             Commit(f"Saving Fabric Checkpoint -- Step {step}",
+                    {n: folder / n for n in names if n.startswith(f"{cfg.fabric_checkpoint_dir}/")})]
+    for split in ("train", "val"):
+        chosen = {f"learning_dynamics/{n.removeprefix(f'{cfg.learning_dynamics_dir}/')}": folder / n for n in names
+                  if n.startswith(f"{cfg.learning_dynamics_dir}/{split}_")}
+        found.append(Commit(f"Saving Learning Dynamics Data ({split}) -- Step {step}", chosen))
+    found = [commit for commit in found if commit.files]
+    snapshots = any(n.startswith(f"{cfg.learning_dynamics_dir}/") for n in names)
+    if snapshots or cfg.learning_dynamics is None or not newest:
+        last = found[-1]
+        found[-1] = last._replace(files=last.files | {MANIFEST: folder / MANIFEST}, tag=f"step-{step}")
+    return found
+
+
+def about(run: Path, step: int) -> dict[str, bytes]:
+    """The record as far as `step`, and the model card."""
+    record = run / "metrics.jsonl"
+    lines = record.read_bytes().splitlines(keepends=True) if record.is_file() else []
+    return {"metrics.jsonl": b"".join(lines), "README.md": model_card(run, step).encode()}
 
 
 class Uploader:
@@ -61,7 +91,8 @@ class Uploader:
         utils.disable_progress_bars()
         self.run, self.cfg, self.api = run, cfg, HfApi()
         self.repo, self.branch = cfg.hf_checkpoint.repo_id, run.resolve().name
-        self.sent: set[str] | None = None  # titles on the branch; None: to be asked
+        self.sent: dict[str, str] | None = None  # {title: commit} on the branch; None: to be asked
+        self.tags: dict[str, str] | None = None  # {tag: commit} of the repository
         self._fresh = fresh  # a run that has just begun, and can have sent nothing
         self._to_prepare = self._preparations()
         self.made = 0  # commits by this process
@@ -108,28 +139,45 @@ class Uploader:
             with_retries(lambda: self._send(commit), f"upload to {self.repo}", minutes)
 
     def _send(self, commit: Commit) -> None:
-        """Make a commit, unless a try whose answer got lost has made it, or its files have been pruned since."""
+        """Make a commit, unless a try whose answer got lost has made it, or its files have been pruned since; then its tag."""
         if self.sent is None:
-            self.sent = self._titles()
-        if commit.title in self.sent or not all(path.is_file() for path in commit.files.values()):
+            self.sent = self._on_branch()
+        if not all(isinstance(file, bytes) or file.is_file() for file in commit.files.values()):
             return
-        self._wait_for_turn()
-        sent, self.sent = self.sent, None  # should the answer get lost, ask again what is there
-        self._commit(commit)
-        self.sent = sent | {commit.title}
-        self.made += 1
+        if commit.title not in self.sent or commit.title.startswith(RESULTS) and self._changed(commit):
+            self._wait_for_turn()
+            sent, self.sent = self.sent, None  # should the answer get lost, ask again what is there
+            self.sent = sent | {commit.title: self._commit(commit)}
+            self.made += 1
+        if commit.tag is not None:
+            self._put_tag(commit.tag, self.sent[commit.title])
 
-    def _titles(self) -> set[str]:
-        """The titles on the branch; makes repository, branch and collection entry first, each once."""
+    def _changed(self, commit: Commit) -> bool:
+        """Whether the Hub holds other content than these files here."""
+        there = {info.path: info.blob_id for info in self.api.get_paths_info(self.repo, list(commit.files), revision=self.branch)}
+        return any(there.get(name) != git_blob_id(path.read_bytes()) for name, path in commit.files.items())
+
+    def _put_tag(self, tag: str, commit: str) -> None:
+        """Tag a commit; where another run of the repository has the tag, its own name goes before it."""
+        if self.tags is None:
+            self.tags = {found.name: found.target_commit for found in self.api.list_repo_refs(self.repo).tags}
+        if self.tags.get(tag, commit) != commit:
+            tag = f"{self.branch}-{tag}"
+        if self.tags.get(tag) != commit:
+            self.api.create_tag(self.repo, tag=tag, revision=commit, exist_ok=True)
+            self.tags[tag] = commit
+
+    def _on_branch(self) -> dict[str, str]:
+        """{title: commit} of the branch; makes repository, branch and collection entry first, each once."""
         while self._to_prepare:
             self._to_prepare[0]()
             self._to_prepare.pop(0)
-        titles = {commit.title for commit in self.api.list_repo_commits(self.repo, revision=self.branch)}
-        if self._fresh and (others := sum(title.startswith("Saving ") for title in titles)):
+        found = {commit.title: commit.commit_id for commit in self.api.list_repo_commits(self.repo, revision=self.branch)}
+        if self._fresh and (others := sum(title.startswith("Saving ") for title in found)):
             log.warning(f"upload to {self.repo}: branch {self.branch} holds {others} commits of an earlier run of this name, "
                         "which stay; delete the branch, or choose another checkpointing.run_name")
         self._fresh = False
-        return titles
+        return found
 
     def _preparations(self) -> list[Callable[[], object]]:
         slug = self.cfg.hf_checkpoint.collection_slug
@@ -143,10 +191,11 @@ class Uploader:
             self.repo = f"{self.api.whoami()['name']}/{self.repo}"
             log.info(f"uploads go to {self.repo}")
 
-    def _commit(self, commit: Commit) -> None:
+    def _commit(self, commit: Commit) -> str:
         from huggingface_hub import CommitOperationAdd
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in commit.files.items()]
-        self.api.create_commit(self.repo, operations, commit_message=commit.title, revision=self.branch)
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))
+                      for name, file in commit.files.items()]
+        return self.api.create_commit(self.repo, operations, commit_message=commit.title, revision=self.branch).oid
 
     def _wait_for_turn(self) -> None:
         if len(self._times) == COMMITS_PER_HOUR:

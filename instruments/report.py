@@ -53,13 +53,13 @@ class Page:
         caption = f"<figcaption>{escape(words)}</figcaption>" if words else ""
         return f'<figure><img alt="{escape(words or name)}" src="data:image/png;base64,{data}">{caption}</figure>'
 
-    def write(self) -> Path:
+    def write(self, name: str = "report.html") -> Path:
         links = "".join(f"<a href='#c{n}'>{escape(title)}</a>" for n, (title, _) in enumerate(self.chapters))
         body = "".join(f"<h2 id=c{n}>{escape(title)}</h2>{text}" for n, (title, text) in enumerate(self.chapters))
         text = (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
                 f"<title>{escape(self.title)}</title><style>{STYLE}</style><h1>{escape(self.title)}</h1><nav>{links}</nav>{body}"
                 "</html>\n")
-        path = self.results.write("report.html", text)
+        path = self.results.write(name, text)
         self.results.finish()
         return path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import json
 import math
 import statistics as plain
 from collections.abc import Iterable
@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 from checkpoint import read_state, step_folders
 from hub.llama import load_plain
 from instruments import measures
-from instruments.plots import over_steps, pyplot, training_record
+from instruments.plots import over_steps, pyplot
+from instruments.record import training_record
 from instruments.report import Page, table
+from instruments.results import Results, table_text
 from instruments.statistics import LEVEL, Interval, interval, paired_difference
-from runtime.files import write_json
+from runtime.files import finite
 from runtime.progress import perplexity
 
 COLUMNS = ("arm", "learning_rate", "at_edge", "seeds", "loss", "loss_low", "loss_high", "perplexity", "difference",
@@ -94,13 +96,6 @@ def arm_row(arm: str, rate: float | None, results: list[Result], reference: list
         found = paired_difference([losses[seed] for seed in both], [others[seed] for seed in both])
         row |= {"difference": found.mean, "difference_low": found.low, "difference_high": found.high, "p": found.p}
     return row
-
-
-def write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def shown(rows: list[dict[str, Any]], reference: str) -> tuple[list[str], list[list[str]]]:
@@ -207,15 +202,16 @@ def write(name: str, reference: str, best: dict[str, float | None], results: lis
     finals = [result for result in results if result.final]
     chosen = [result for result in finals if result.arm == reference]
     rows = [arm_row(arm, rate, results, chosen) for arm, rate in best.items()]
-    out.mkdir(parents=True, exist_ok=True)
-    write_table(rows, out / "table.csv")
-    write_json(out / "study.json", {"study": name, "reference": reference, "level": LEVEL, "table": rows,
-                                    "runs": [result._asdict() | {"folder": str(result.folder)} for result in results]})
+    files = Results(out, chosen=True)
+    files.write("table.csv", table_text(COLUMNS, ([row[key] for key in COLUMNS] for row in rows)))
+    tree = {"study": name, "reference": reference, "level": LEVEL, "table": rows,
+            "runs": [result._asdict() | {"folder": str(result.folder)} for result in results]}
+    files.write("study.json", json.dumps(finite(tree), indent=1, allow_nan=False) + "\n")
     head, lines = shown(rows, reference)
     edges = [row["arm"] for row in rows if row["at_edge"]]
     warning = f"The best rate of {', '.join(edges)} is the last that was tried: a better one may lie beyond." if edges else ""
     plt = pyplot()
-    page = Page(plt, f"Study {name}", out)
+    page = Page(plt, f"Study {name}", files)
     runs = {arm: [result.folder for result in finals if result.arm == arm] for arm in best}
     page.chapter("The arms", f"Mean over the seeds and {LEVEL:.0%} interval (Student's t); differences are paired by seed, p is "
                  f"of the paired t-test, not corrected for the number of arms. {warning}", table(head, lines),
@@ -228,5 +224,5 @@ def write(name: str, reference: str, best: dict[str, float | None], results: lis
                  "weight minus that at step 0; mean over the blocks' matrices that have changed.",
                  page.picture("update_rank", plot_bands(plt, ranks, "effective rank of the cumulative update")))
     page.chapter("Learning rates", "", page.picture("rates", plot_rates(plt, best, results)))
-    path = page.write().replace(out / "study.html")
+    path = page.write("study.html")
     return f"{as_text(head, lines)}\n{warning and f'warning: {warning}' + chr(10)}open {path}"

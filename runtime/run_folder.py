@@ -235,8 +235,8 @@ class RunFolder:
                 from torch.utils.tensorboard import SummaryWriter
                 self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
             except ImportError:
-                log.warning("monitoring.save_to_tensorboard: TensorBoard is not installed (pip install tensorboard); metrics.jsonl "
-                            "is written as always")
+                log.warning("monitoring.save_to_tensorboard: TensorBoard is not installed (pip install tensorboard); "
+                            "metrics.jsonl is written as always")
 
     def _start_wandb(self) -> None:
         """Mirror to W&B: a run of the folder's own id there, which is kept in it; nothing is ever asked at the terminal."""

@@ -30,6 +30,7 @@ class Hub:
         self.requests: list[str] = []
         self.tokens: set[str] = set()  # that came in headers
         self.commits: dict[tuple[str, str], list[dict]] = {}  # (repo, branch) -> [{"title", "files": {path: bytes}}]
+        self.tags: dict[tuple[str, str], str] = {}  # (repo, tag) -> commit
         self.lfs: dict[str, bytes] = {}
         self.collections: dict[str, list[str]] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -47,9 +48,18 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()  # may be called again
 
-    def revision(self, repo: str) -> str:
-        content = sorted((path, hashlib.sha256(data).hexdigest()) for path, data in self.repos[repo].items())
+    def revision(self, repo: str, files: dict[str, bytes] | None = None) -> str:
+        content = sorted((path, hashlib.sha256(data).hexdigest()) for path, data in (files or self.repos[repo]).items())
         return hashlib.sha1(repr((repo, content)).encode()).hexdigest()
+
+    def at(self, repo: str, revision: str) -> dict[str, bytes]:
+        """The files of a repository at a tag, a branch or a commit; of one without commits those that were put there."""
+        commit = self.tags.get((repo, revision), revision)
+        for (owner, branch), made in self.commits.items():
+            for number, _ in enumerate(made):
+                if owner == repo and (commit == f"{branch}-{number}" or commit == branch and number == len(made) - 1):
+                    return {path: data for one in made[:number + 1] for path, data in one["files"].items()}
+        return self.repos[repo]
 
     def env(self, home: object) -> dict[str, str]:
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
@@ -126,7 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._api(path.removeprefix("/api/"), body)
         repo, _, rest = path.removeprefix("/").partition("/resolve/")
         repo = repo if repo.startswith("datasets/") else f"models/{repo}"
-        return self._file(repo, rest.partition("/")[2], action)
+        revision, _, name = rest.partition("/")
+        return self._file(repo, name, action, self.hub.at(repo, revision) if repo in self.hub.repos else {})
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
@@ -138,6 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             self.hub.repos.setdefault(f"models/{asked.get('organization') or 'lab'}/{asked['name']}", {})
             return self._json({"url": f"{self.hub.url}/{asked.get('organization') or 'lab'}/{asked['name']}"})
+        if path == "validate-yaml":  # of a model card
+            return self._json({"errors": [], "warnings": []})
         if path == "whoami-v2":
             return self._json({"type": "user", "name": "lab", "fullname": "A lab", "orgs": []})
         kind, owner, name, *rest = path.split("/")
@@ -149,7 +162,13 @@ class _Handler(BaseHTTPRequestHandler):
         repo = f"{kind}/{owner}/{name}"
         if repo not in self.hub.repos:
             return self._missing("RepoNotFound")
-        files = self.hub.repos[repo]
+        files = self.hub.at(repo, rest[1]) if rest[:1] in (["paths-info"], ["tree"]) else self.hub.repos[repo]
+        if rest[:1] == ["refs"]:
+            return self._json({"branches": [], "converts": [], "tags": [
+                {"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": to} for (of, tag), to in self.hub.tags.items() if of == repo]})
+        if rest[:1] == ["tag"]:
+            self.hub.tags[repo, json.loads(body)["tag"]] = rest[1]
+            return self._json({})
         if rest[:1] == ["paths-info"]:
             asked = urllib.parse.parse_qs(body.decode()).get("paths", []) if body[:1] != b"{" else json.loads(body)["paths"]
             return self._json([self._info(p, files[p]) for p in asked if p in files])
@@ -165,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
                                           "lfs" if f["path"].endswith((".pt", ".safetensors")) else "regular"}
                                          for f in json.loads(body)["files"]]})
         if rest[:1] == ["commits"]:
-            return self._json([{"id": str(i), "title": c["title"], "message": "", "date": "2026-01-01T00:00:00.000Z",
+            return self._json([{"id": f"{rest[1]}-{i}", "title": c["title"], "message": "", "date": "2026-01-01T00:00:00.000Z",
                                 "authors": []} for i, c in enumerate(self.hub.commits[repo, rest[1]])])
         if rest[:1] == ["commit"]:
             return self._commit(repo, rest[1], [json.loads(line) for line in body.decode().splitlines()])
@@ -184,23 +203,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.commits[repo, branch].append({"title": title, "files": files})
         if self.hub.action(f"AFTER {title}") == "drop":  # the commit was made, but its answer is lost
             return self._drop()
-        url = f"{self.hub.url}/{repo.removeprefix('models/')}/commit/1"
-        self._json({"commitUrl": url, "commitOid": "1", "hookOutput": "", "pullRequestUrl": None})
+        commit = f"{branch}-{len(self.hub.commits[repo, branch]) - 1}"
+        url = f"{self.hub.url}/{repo.removeprefix('models/')}/commit/{commit}"
+        self._json({"commitUrl": url, "commitOid": commit, "hookOutput": "", "pullRequestUrl": None})
 
     @staticmethod
     def _info(path: str, data: bytes) -> dict:
-        digest = hashlib.sha256(data).hexdigest()
-        return {"type": "file", "path": path, "size": len(data), "oid": digest[:40],
-                "lfs": {"oid": digest, "size": len(data), "pointerSize": 100}}
+        digest, blob = hashlib.sha256(data).hexdigest(), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        large = not path.endswith((".json", ".jsonl", ".yaml", ".md"))
+        return {"type": "file", "path": path, "size": len(data), "oid": digest[:40] if large else blob} | (
+            {"lfs": {"oid": digest, "size": len(data), "pointerSize": 100}} if large else {})
 
-    def _file(self, repo: str, path: str, action: Action) -> None:
+    def _file(self, repo: str, path: str, action: Action, files: dict[str, bytes]) -> None:
         if repo not in self.hub.repos:
             return self._missing("RepoNotFound")
-        if path not in self.hub.repos[repo]:
+        if path not in files:
             return self._missing("EntryNotFound")
-        data = self.hub.repos[repo][path]
+        data = files[path]
         digest = hashlib.sha256(data).hexdigest()
-        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": self.hub.revision(repo), "X-Linked-Size": str(len(data)),
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": self.hub.revision(repo, files), "X-Linked-Size": str(len(data)),
                    "X-Linked-Etag": f'"{digest}"', "Accept-Ranges": "bytes"}
         start, status = 0, 200
         if wanted := self.headers.get("Range"):

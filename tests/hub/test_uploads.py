@@ -15,13 +15,13 @@ from fake_hub import Hub
 from hub import uploads
 
 KINDS = {"Saving HF Model": {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                             "generation_config.json"},
+                             "generation_config.json", "metrics.jsonl", "README.md"},
          "Saving Fabric Checkpoint": {"training_state/checkpoint.pt"},
          "Saving Evaluation Results": None,
          "Saving Learning Dynamics Data (train)": {f"learning_dynamics/train_{k}.pt" for k in
                                                    ("activations", "weights", "gradients", "data")},
          "Saving Learning Dynamics Data (val)": {f"learning_dynamics/val_{k}.pt" for k in
-                                                 ("activations", "weights", "gradients", "data")}}
+                                                 ("activations", "weights", "gradients", "data")} | {"manifest.json"}}
 
 
 @pytest.fixture
@@ -81,11 +81,11 @@ command(train.main)
 """
 
 
-def test_every_commit_is_made_once_although_every_third_request_fails(dataset, tmp_path, hub):
+def test_every_commit_is_made_once_although_every_seventh_request_fails(dataset, tmp_path, hub):
     (tmp_path / "off").mkdir()
     lab.call("train.py", config(dataset, tmp_path / "off"))
     turn, hub.retry_after = itertools.count(1), 0
-    hub.faults = [lambda line: 503 if not line.startswith("AFTER") and next(turn) % 3 == 0 else None,
+    hub.faults = [lambda line: 503 if not line.startswith("AFTER") and next(turn) % 7 == 0 else None,
                   lambda line: "drop" if line == "AFTER Saving HF Model -- Step 3" else None]
     env = {**hub.env(tmp_path / "hf"), "HF_TOKEN": "hf_secret_of_this_test"}
     (tmp_path / "timed.py").write_text(TIMED)
@@ -177,3 +177,66 @@ def test_no_more_commits_are_made_in_an_hour_than_the_hub_allows(dataset, tmp_pa
 def test_save_to_hf_without_a_repository_is_refused(dataset, tmp_path):
     printed = lab.call("train.py", config(dataset, tmp_path, save_to_hf=True), code=2)
     assert "checkpointing.hf_checkpoint.repo_id" in printed
+
+
+# ---- tags, and what the Hub serves --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def uploaded(dataset, tmp_path, hub):
+    """A run of three steps with a dense snapshot at step 1, on the Hub."""
+    env = hub.env(tmp_path / "hf")
+    words = ("checkpointing.learning_dynamics.steps=[1]",)
+    lab.forked("train.py", config(dataset, tmp_path, **sending()), *words, env=env)
+    return tmp_path / "runs/run", env
+
+
+def verify(hub, env, revision, *words, code=0):
+    return lab.forked("export.py", "verify", "lab/model", "--revision", revision, *words, env=env, code=code)
+
+
+def test_every_step_has_a_tag_that_serves_what_the_run_wrote(uploaded, hub):
+    run, env = uploaded
+    assert {tag for _, tag in hub.tags} == {"step-0", "step-1", "step-3"}
+    for step in (0, 1, 3):
+        served = hub.at("models/lab/model", f"step-{step}")
+        assert served["model.safetensors"] == (run / f"checkpoints/step_{step}/model.safetensors").read_bytes()
+    assert "files are what the run wrote" in verify(hub, env, "step-3") and "files are" in verify(hub, env, "step-1", "--download")
+    card = hub.at("models/lab/model", "step-3")["README.md"].decode()
+    assert 'revision="step-3"' in card and "val loss" in card and "rank 4, alpha 8" in card and card.startswith("---\n")
+    assert hub.at("models/lab/model", "step-3")["metrics.jsonl"].splitlines()[-1].startswith(b'{"step": 3')
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "training_state/checkpoint.pt"])
+def test_one_flipped_byte_on_the_hub_is_found(uploaded, hub, name):
+    run, env = uploaded
+    for commit in hub.commits["models/lab/model", "run"]:
+        if commit["title"].endswith("Step 3") and name in commit["files"]:
+            spoilt = bytearray(commit["files"][name])
+            spoilt[len(spoilt) // 2] ^= 1
+            commit["files"][name] = bytes(spoilt)
+    out = verify(hub, env, "step-3", code=2)
+    assert f"1 of" in out and name in out and "step-3" in out
+    assert "files are what the run wrote" in verify(hub, env, "step-0")
+
+
+def test_a_revision_without_a_manifest_cannot_be_verified(uploaded, hub):
+    hub.repos["models/lab/other"] = {"model.safetensors": b"x"}
+    out = lab.forked("export.py", "verify", "lab/other", "--revision", "main", env=uploaded[1], code=2)
+    assert "holds no manifest.json" in out
+
+
+def test_a_tag_of_another_run_is_left_to_it(dataset, tmp_path, uploaded, hub):
+    before = dict(hub.tags)
+    words = ("checkpointing.run_name=second",)
+    lab.forked("train.py", config(dataset, tmp_path, **sending()), *words, env=uploaded[1])
+    assert {tag: to for (_, tag), to in hub.tags.items() if not tag.startswith("second")} == {t: to for (_, t), to in before.items()}
+    assert {tag for _, tag in hub.tags} >= {"second-step-0", "second-step-3"}
+
+
+def test_an_evaluation_made_later_goes_up_too(uploaded, hub):
+    run, env = uploaded
+    results = run / "eval_results/step_3.json"
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"blimp": {"accuracy": 0.5}}))
+    assert "1 commits made" in lab.forked("export.py", "upload", run, env=env)
+    assert b"blimp" in hub.at("models/lab/model", "run")["eval_results/step_3.json"]
+    assert "0 commits made" in lab.forked("export.py", "upload", run, env=env)

@@ -351,11 +351,11 @@ def test_a_run_that_cannot_checkpoint_stops_cleanly_and_says_how_much_it_needs(d
     small = disk("4m")
     runs, save = lab.Lab(small, dataset), train.save
 
-    def filling(state, services):
+    def filling(state, services, due):
         if state.step == 10 and not (small / "filler").exists():
             services.saver.wait()
             fill(small, leave=60_000)
-        save(state, services)
+        save(state, services, due)
     monkeypatch.setattr(train, "save", filling)
     printed = runs.train("full", code=1)
     assert "step_10 cannot be written" in printed and "Traceback" not in printed, printed
@@ -371,7 +371,7 @@ def test_training_goes_on_where_only_a_snapshot_has_no_room(disk, dataset, monke
     small = disk("6m")
     runs, save = lab.Lab(small, dataset), train.save
 
-    def filling(state, services):
+    def filling(state, services, due):
         if state.step == 10:
             services.saver.wait()
             before = small / "poor/checkpoints/step_5"
@@ -380,7 +380,7 @@ def test_training_goes_on_where_only_a_snapshot_has_no_room(disk, dataset, monke
         if state.step == 15:
             services.saver.wait()
             (small / "filler").unlink()
-        save(state, services)
+        save(state, services, due)
     monkeypatch.setattr(train, "save", filling)
     printed = runs.train("poor", "checkpointing.learning_dynamics.layer_suffixes=[q_proj,k_proj,v_proj,o_proj,w_0,w_1,w_2]")
     assert "going on without the snapshots of step_10" in printed
