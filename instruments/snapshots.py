@@ -209,6 +209,17 @@ class Snapshots:
                 return name, tensors
         return split, {}
 
+    def input_ids(self, step: int, split: str) -> Tensor:
+        """The token rows (examples, tokens) that a step's snapshot was taken on. Raises CheckpointError."""
+        path = self.folders[step] / self.dynamics / f"{split}_data.pt"
+        try:
+            ids = torch.load(path, map_location="cpu", weights_only=True)["input_ids"]
+            if ids.dim() != 2 or ids.dtype != torch.int64 or not 0 < ids.nbytes <= ids.untyped_storage().nbytes():
+                raise ValueError("holds no rows of token ids")
+        except Exception as error:
+            raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        return ids
+
     def size(self, step: int) -> int:
         """Bytes of a step's files."""
         return sum(path.stat().st_size for path in (self.folders[step] / self.dynamics).iterdir())
