@@ -147,6 +147,7 @@ def snapshots_of(model: nn.Module, optimizers: list[torch.optim.Optimizer], rows
         if split_rows is not None:
             kinds = snapshot(model, split_rows, cfg, device)
             kinds["data"]["text"] = [tokenizer.decode(row) for row in kinds["data"]["input_ids"].tolist()]
+            kinds["weights"] = next((found[key] for key in found if key.endswith("_weights")), kinds["weights"])  # held once
             found |= {f"{split}_{kind}": tensors for kind, tensors in kinds.items()}
     if cfg.optimizer_states:
         found["train_optimizer"] = optimizer_states(gather_state(model, optimizers)["optimizer"], cfg.layer_suffixes)
