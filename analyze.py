@@ -4,15 +4,19 @@
     python analyze.py runs/demo --since 150              # also the updates since that step's snapshot
     python analyze.py runs/tiny --config demo.yaml       # a YAML file of pico-analyze, unchanged
     python analyze.py compare runs/full runs/relora      # several runs over steps, tokens and time
+    python analyze.py runs/relora --against runs/full    # also how alike their activations are at the same steps
+    python analyze.py path runs/full runs/relora         # loss along the straight line between two checkpoints
+    python analyze.py --list                             # the measures, each with its definition
 
-Weights, activations and gradients come from the snapshots (dynamics.py). Updates are differences of effective weights: since
-the first snapshot (does the cumulative update's rank grow across merges?), since the one before, and, in ReLoRA layers, since
+Weights, activations and gradients come from the snapshots. Updates are differences of effective weights: since the first
+snapshot (does the cumulative update's rank grow across merges?), since the one before, and, in ReLoRA layers, since
 the latest merge (s B A). The OV circuit of a head is W_O W_V (Elhage et al. 2021), heads of a group sharing W_V. A measure
 that is undefined is null with its reason. What has been measured is kept in analysis/cache: a second call does new steps only.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import re
@@ -26,21 +30,26 @@ import yaml
 
 from config import ConfigError, config_from_dict
 from config.reading import show
+from data import TokenDataset
+from hub.folders import resolve
 from instruments import report
 from instruments.components import KINDS, AnalysisError, Request, Row, target_of
-from instruments.measures import MEASURES, PAIRED, SINGLE
-from instruments.measuring import analyse
+from instruments.landscape import barrier, loss_along
+from instruments.measures import SINGLE
+from instruments.measuring import analyse, rows_against
 from instruments.results import Results, table_text
+from instruments.similarity import MEASURES, OVERLAPS, PAIRED
 from instruments.snapshots import Snapshots
 from optim import learning_rate_multiplier
-from runtime.command import Parser, command
-from runtime.log import printable
+from runtime.command import Parser, command, number
+from runtime.log import log, printable
 
+PATH_ROWS = 64  # token rows that a loss along a line is measured on
 DEFAULT = [
     Request(list(SINGLE), "updates"), Request(list(SINGLE), "weights"), Request(list(SINGLE), "gradients", "train"),
     Request(list(SINGLE), "activations"), Request(list(PAIRED), "activations"),
     Request(["effective_rank", "per", "norm_nuclear"], "weights", circuit=True),
-    Request(list(PAIRED), "activations", circuit=True),
+    Request(list(PAIRED), "activations", circuit=True), Request(list(OVERLAPS), "updates"),
 ]
 
 
@@ -131,35 +140,88 @@ def labelled(paths: list[Path]) -> dict[str, Path]:
     return dict(zip(labels, paths))
 
 
-def main() -> None:
+def loss_path(ends: list[Path], data: Path | None, points: int, out: Path, device: torch.device) -> None:
+    """Write and tell the losses along the line between two checkpoints."""
+    if len(ends) != 2:
+        raise AnalysisError("path: give two checkpoints, such as runs/a/checkpoints/step_100 runs/b")
+    if data is not None:
+        rows = TokenDataset(data, "val")
+        ids = torch.from_numpy(rows.rows(0, min(len(rows), PATH_ROWS)).astype("int64"))
+    else:
+        step = resolve(ends[0])
+        ids = Snapshots(step.parent.parent).input_ids(int(step.name.removeprefix("step_")), "val")[:PATH_ROWS] \
+            if step.name.startswith("step_") else None
+        if ids is None:
+            raise AnalysisError(f"path: {step} has no snapshot to take rows from; name a data set with --data")
+    results, found = Results(out, chosen=True), []
+    for point in loss_along(*ends, ids, points, device):
+        log.info(f"{point.share:.3f} of the way: loss {point.loss:.4f}")
+        found.append(point)
+    log.info(f"barrier {barrier(found):.4f} nats a token above the line between both ends, on {len(ids)} rows")
+    results.write("path.csv", table_text(("share", "loss"), found))
+    print(printable(f"open {report.write_path([str(end) for end in ends], found, results)}"))
+
+
+def list_measures() -> None:
+    """What there is to ask for, by --config in a YAML file of pico-analyze."""
+    for title, table in (("one matrix (weights, gradients, updates, activations, OV circuits)", SINGLE),
+                         ("activations of two steps, or of two runs (--against)", PAIRED),
+                         ("updates of two cycles of ReLoRA", OVERLAPS)):
+        print(f"{title}:")
+        for name, measure in table.items():
+            print(f"  {name:22}{measure.label}: {measure.definition}")
+    print(f"data_type: {', '.join(KINDS)}\ncomponent_name: simple, ov_circuit\ndata_split: train, val\nlayer_suffixes: as the "
+          "run's checkpointing.learning_dynamics.layer_suffixes")
+
+
+def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; or `compare` and several")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder; `compare` and several; or `path` and "
+                        "two checkpoints")
     parser.add_argument("--config", type=Path, help="a YAML file of pico-analyze (default: all measures of all layers)")
     parser.add_argument("--since", type=int, metavar="STEP", help="also measure the updates since this step's snapshot")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/analysis, or comparison)")
+    parser.add_argument("--against", type=Path, metavar="RUN", help="also how alike another run's activations are, step by step")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/analysis, comparison or path)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where spectra are computed (default: cpu)")
+    parser.add_argument("--data", type=Path, help="path: a data set whose val rows are scored (default: those of "
+                        "the first one's snapshot)")
+    parser.add_argument("--points", type=number(int, 2, 1001), default=11, help="path: places on the line (default: 11)")
+    parser.add_argument("--list", action="store_true", help="show what there is to measure")
     args = parser.parse_args()
+    if not args.list and not args.runs:
+        raise AnalysisError("give a run folder, such as runs/demo; --list shows what there is to measure")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise AnalysisError("--device cuda: there is no CUDA device here; leave it out to measure on the CPU")
-    device = torch.device(args.device)
-    comparing = str(args.runs[0]) == "compare"
-    if not comparing and not args.runs[0].exists() and difflib.get_close_matches(str(args.runs[0]), ["compare"]):
-        raise AnalysisError(f"{args.runs[0]}: no such run; did you mean compare?")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.list:
+        return list_measures()
+    device, word = torch.device(args.device), str(args.runs[0])
+    if word == "path":
+        return loss_path(args.runs[1:], args.data, args.points, args.out or Path("path"), device)
+    comparing = word == "compare"
+    if not comparing and not args.runs[0].exists() and (near := difflib.get_close_matches(word, ["compare", "path"])):
+        raise AnalysisError(f"{word}: no such run; did you mean {near[0]}?")
     if comparing and len(args.runs) < 3:
         raise AnalysisError("compare: give two runs or more")
     runs = {label: Snapshots(path) for label, path in labelled(args.runs[comparing:]).items()}
+    other = Snapshots(args.against) if args.against is not None else None
     plan = Plan(*(read_requests(args.config) if args.config else (DEFAULT, None)))
     if args.since is not None:
         plan = plan._replace(requests=[*plan.requests, replace(DEFAULT[0], target=args.since)])
     for run in runs.values():
         plan.steps(run)  # what cannot be asked for is told before anything is made
     if comparing:
-        compare(runs, plan, args.out or Path("comparison"), device)
-        return
+        return compare(runs, plan, args.out or Path("comparison"), device)
     for label, run in runs.items():
         out = run.path / "analysis" if args.out is None else args.out / label if len(runs) > 1 else args.out
         results = Results(out, chosen=args.out is not None)
         rows = analyse(run, plan.requests, plan.steps(run), out, device)
+        if other is not None:
+            rows += rows_against(run, other, plan.steps(run), device)
         write_tables(rows, results)
         page = report.write_run(run.path, run.config, learning_rates(run), rows, results)
         print(printable(f"{len(rows):,} measures of {len({row['step'] for row in rows})} steps in {out}; open {page}"))

@@ -21,8 +21,8 @@ def model_card(run: Path, step: int) -> str:
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]", "---", "",
         f"# {run.resolve().name}", "",
-        f"A Pico decoder, d_model {model.d_model}, {model.n_layers} layers, {model.vocab_size:,} ids, trained {how}, with a record "
-        "of how it learned. The weights are a plain LlamaForCausalLM, adapters merged.", "",
+        f"A Pico decoder, d_model {model.d_model}, {model.n_layers} layers, {model.vocab_size:,} ids, trained {how}, with a "
+        "record of how it learned. The weights are a plain LlamaForCausalLM, adapters merged.", "",
         f"- data: {cfg.data.dataset.name}, {cfg.data.dataloader.batch_size} rows of {model.max_seq_len} tokens a step",
         f"- optimizer: {cfg.training.optimization.optimizer}, learning rate {cfg.training.optimization.lr:g}, "
         f"{cfg.training.optimization.lr_scheduler}, seed {cfg.training.seed}",

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from config import UserError
 from instruments import measures
 from instruments.snapshots import Snapshots
 
+AGAINST = "activations against another run"  # at the same step
+IN_CYCLE = "updates within the cycle"
 KINDS = ("weights", "activations", "gradients", "updates")
 Row = dict[str, Any]  # of the table of measures: see FIELDS in analyze.py
 
@@ -77,6 +80,28 @@ def _circuits(run: Snapshots, step: int, request: Request, tensors: dict[str, Te
                          measures.singular_values_of_product(left, right) if low_rank else None)
 
 
+# ---- cycles of ReLoRA -------------------------------------------------------------------------------------------------
+
+def factors(run: Snapshots, step: int, request: Request) -> dict[str, tuple[Tensor, Tensor]]:
+    """{layer: (B, A)} of the layers that a request asks for; empty for full-rank runs."""
+    _, weights = run.load(step, request.split, "weights")
+    return {m.name: (weights[f"{m.name}.lora_B"], weights[f"{m.name}.lora_A"]) for m in matrices(run, step, request)
+            if f"{m.name}.lora_B" in weights and f"{m.name}.lora_A" in weights}
+
+
+def cycle_before(run: Snapshots, step: int, request: Request) -> int | None:
+    """The latest snapshot of an earlier cycle: one whose frozen base is another. None: there is none."""
+    def base_at(at: int) -> Tensor | None:
+        _, weights = run.load(at, request.split, "weights")
+        return next((tensor for name, tensor in weights.items() if name.endswith(".base")), None)
+    base = base_at(step)
+    for earlier in sorted((s for s in run.folders if s < step), reverse=True) if base is not None else ():
+        other = base_at(earlier)
+        if other is None or other.shape != base.shape or not torch.equal(other, base):
+            return earlier if other is not None else None
+    return None
+
+
 # ---- updates ----------------------------------------------------------------------------------------------------
 
 def bases(run: Snapshots, step: int, request: Request) -> dict[str, int]:
@@ -106,5 +131,5 @@ def updates(run: Snapshots, step: int, request: Request) -> Iterator[tuple[list[
         yield labels, base, (difference(m, old[m.name]) for m in matrices(run, step, request) if m.name in old)
     if request.target is None and not request.circuit:
         _, weights = run.load(step, request.split, "weights")
-        yield ["updates within the cycle"], None, (difference(m, weights[f"{m.name}.base"])
+        yield [IN_CYCLE], None, (difference(m, weights[f"{m.name}.base"])
                                                    for m in matrices(run, step, request) if f"{m.name}.base" in weights)

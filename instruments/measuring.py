@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from instruments import components, measures
-from instruments.components import AnalysisError, Component, Request, Row, bases, matrices, target_of, updates
-from instruments.measures import PAIRED, SINGLE
+from instruments import components, measures, similarity
+from instruments.components import (AGAINST, IN_CYCLE, AnalysisError, Component, Request, Row, bases, cycle_before, factors,
+                                    matrices, target_of, updates)
+from instruments.measures import SINGLE
 from instruments.results import Cache
+from instruments.similarity import OVERLAPS, PAIRED, of_pair, of_updates
 from instruments.snapshots import Snapshots
 from runtime.log import printable
 
@@ -32,7 +35,8 @@ LARGE = 100e6  # bytes of snapshots from which on the seconds are worth it that 
 def steps_read(run: Snapshots, step: int, request: Request) -> list[int]:
     """The snapshots that a request looks at for one step."""
     if request.data == "updates":
-        return [step, *bases(run, step, request).values()]
+        before = cycle_before(run, step, request) if set(request.metrics) & set(OVERLAPS) else None
+        return [step, *bases(run, step, request).values(), *([] if before is None else [before])]
     return [step, *([target_of(run, request)] if set(request.metrics) & set(PAIRED) else [])]
 
 
@@ -47,8 +51,10 @@ def rows_of_step(run: Snapshots, step: int, request: Request, device: torch.devi
             return [empty_row(step, request, "compares representations of examples: use activations")]
         for labels, base, deltas in updates(run, step, request):
             here = {"step": step, "other_step": base, "split": request.split, "data": labels[0]}
-            found = single_rows(deltas, single, here, device)
+            found = single_rows(deltas, single, here, device) if single else []
             rows += [row | {"data": label} for label in labels for row in found]
+        if set(request.metrics) & set(OVERLAPS):
+            rows += overlap_rows(run, step, request)
         return rows or [empty_row(step, request, "there is no such layer, or no snapshot to count from")]
     split, _ = run.load(step, request.split, request.data)
     here = {"step": step, "other_step": None, "split": split, "data": request.data}
@@ -95,25 +101,62 @@ def component_rows(component: Component, entries: Tensor, values: Tensor, metric
             for metric, (value, reason) in found.items()]
 
 
+def overlap_rows(run: Snapshots, step: int, request: Request) -> list[Row]:
+    """Rows of how far a cycle's update so far writes to and reads from where the cycle before did."""
+    metrics, before = [m for m in request.metrics if m in OVERLAPS], cycle_before(run, step, request)
+    now = factors(run, step, request)
+    if before is None or not now:
+        reason = "there is no snapshot of an earlier cycle of ReLoRA"
+        return [empty_row(step, replace(request, metrics=metrics), reason) | {"data": IN_CYCLE}]
+    then = factors(run, before, request)
+    here = {"step": step, "other_step": before, "split": request.split, "data": IN_CYCLE}
+    return [here | {"component": name, "metric": metric, "value": value, "reason": reason} for name in now if name in then
+            for metric, (value, reason) in of_updates(now[name], then[name], metrics).items()]
+
+
 def paired_rows(run: Snapshots, step: int, request: Request, metrics: list[str], here: Row, device: torch.device) -> list[Row]:
     """Rows of measures of a component's examples at this step and at the target."""
     target = target_of(run, request)
     others = {c.name: c.entries for c in matrices(run, target, request)}
+    return pairs(matrices(run, step, request), others, metrics, here | {"other_step": target},
+                 f"the snapshot of step {target} holds no such layer", device)
 
-    def measure(component: Component) -> list[Row]:
+
+def pairs(found: Iterable[Component], others: dict[str, Tensor], metrics: list[str], here: Row, why_not: str,
+          device: torch.device) -> list[Row]:
+    rows = []
+    for component in found:
         other = others.get(component.name)
-        found = dict.fromkeys(metrics, (None, f"the snapshot of step {target} holds no such layer")) if other is None else \
-            measures.of_pair(component.entries.to(device), other.to(device), metrics)
-        return [here | {"other_step": target, "component": component.name, "metric": metric, "value": value, "reason": reason}
-                for metric, (value, reason) in found.items()]
-    return [row for component in matrices(run, step, request) for row in measure(component)]
+        values = dict.fromkeys(metrics, (None, why_not)) if other is None else \
+            of_pair(component.entries.to(device), other.to(device), metrics)
+        rows += [here | {"component": component.name, "metric": metric, "value": value, "reason": reason}
+                 for metric, (value, reason) in values.items()]
+    return rows
+
+
+def rows_against(run: Snapshots, other: Snapshots, steps: Iterable[int], device: torch.device = CPU) -> list[Row]:
+    """Rows of how alike the activations of two runs are at the same steps, on the same rows. Raises AnalysisError."""
+    request, rows = Request(list(PAIRED), "activations"), []
+    common = [step for step in steps if step in other.folders]
+    if not common:
+        raise AnalysisError(f"{other.path}: has no snapshot at any of the steps of {run.path}; there are "
+                            f"{', '.join(map(str, other.folders))}")
+    for step in tqdm(common, desc=printable(f"comparing with {other.path}"), disable=None):
+        if not torch.equal(run.input_ids(step, request.split), other.input_ids(step, request.split)):
+            raise AnalysisError(f"{other.path}: its {request.split} snapshot of step {step} is of other rows than that of "
+                                f"{run.path}; train both with the same checkpointing.learning_dynamics.eval_data")
+        here = {"step": step, "other_step": step, "split": request.split, "data": AGAINST}
+        others = {c.name: c.entries for c in matrices(other, step, request)}
+        rows += pairs(matrices(run, step, request), others, list(PAIRED), here, f"{other.path.name} holds no such layer", device)
+    return rows
 
 
 def analyse(run: Snapshots, requests: list[Request], steps: Iterable[int], out: Path, device: torch.device = CPU) -> list[Row]:
     """Rows of all steps, measured now or, where nothing has changed since, before; these are kept in `out`/cache."""
     cache = Cache(out)
     fingerprints = {step: run.fingerprint(step) for step in run.folders}
-    code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (__file__, components.__file__, measures.__file__)]
+    modules = (__file__, *(module.__file__ for module in (components, measures, similarity)))
+    code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in modules]
     asked: list[tuple[int, Request, str]] = []  # step, request, and the hash of all that its rows follow from
     for step, request in itertools.product(steps, requests):
         read = [(s, fingerprints[s]) for s in steps_read(run, step, request)]

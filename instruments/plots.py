@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from config import UserError
-from instruments.components import Row, layer_of
-from instruments.measures import MEASURES, PAIRED
+from instruments.components import AGAINST, Row, layer_of
+from instruments.landscape import Point
 from instruments.record import Curves
+from instruments.similarity import MEASURES, PAIRED
 
 LABELS = {name: measure.label for name, measure in MEASURES.items()}
 RANKS = ("effective_rank", "numerical_rank")
@@ -22,7 +23,9 @@ CIRCUIT = "OV circuit, heads"
 LEGEND = 12  # names; more layers than that are told by a bar of colours
 CHAPTERS = {  # data: what to know of it
     "updates since the start": "Effective weight minus that of the first snapshot: the cumulative update.",
-    "updates within the cycle": "s B A of ReLoRA layers: what has been learnt since the latest merge.",
+    "updates within the cycle": "s B A of ReLoRA layers: what has been learnt since the latest merge. Overlap with the "
+                                "directions of the cycle before: 1 the same, r / width for unrelated ones.",
+    AGAINST: "Outputs of the layers beside those of another run at the same step, on the same rows.",
     "updates since the last snapshot": "Effective weight minus that of the snapshot before.",
     "weights": "Effective weights W + s B A.",
     "gradients": "Of the mean loss with respect to the effective weights.",
@@ -301,4 +304,14 @@ def plot_losses(plt, records: dict[str, Curves]):
         axis.set_xlabel(label)
     axes[0].set_ylabel("training loss (nats a token, log scale)")
     axes[0].legend(fontsize=8)
+    return figure
+
+
+def plot_path(plt, points: list[Point]):
+    """Loss along the line between two checkpoints, and the straight line between the losses of its ends."""
+    figure, [[axis]] = panels(plt, 1, 1, 2.4, top=0.2)
+    axis.plot([p.share for p in points], [p.loss for p in points], "o-", markersize=3, label="loss")
+    axis.plot([0, 1], [points[0].loss, points[-1].loss], "--", color="0.45", linewidth=1, label="between the ends")
+    axis.set(xlabel="share of the second checkpoint", ylabel="loss (nats a token)")
+    axis.legend()
     return figure

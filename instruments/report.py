@@ -17,11 +17,12 @@ from typing import Any
 
 from config.reading import show
 from instruments.components import Row, layer_of
-from instruments.measures import PAIRED
+from instruments.landscape import Point, barrier
 from instruments.plots import (CHAPTERS, CIRCUIT, LABELS, RANKS, Line, axis_labels, curves, layer_lines, part_of, plot_heat,
-                               plot_losses, plot_spectra, plot_training, pyplot, run_line, sheet)
+                               plot_losses, plot_path, plot_spectra, plot_training, pyplot, run_line, sheet)
 from instruments.record import Curves, training_record
 from instruments.results import Results
+from instruments.similarity import PAIRED
 from runtime.log import printable
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
@@ -161,6 +162,16 @@ def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: lis
         page.chapter(data.capitalize(), CHAPTERS.get(data, ""), page.picture(data.replace(" ", "_"), figure),
                      last_table(rows, data))
     page.chapter("Undefined", "Measures without a value, and why.", undefined_table(rows))
+    return page.write()
+
+
+def write_path(ends: list[str], points: list[Point], results: Results) -> Path:
+    """Draw the losses along the line between two checkpoints; returns the page."""
+    plt = pyplot()
+    page = Page(plt, f"From {ends[0]} to {ends[1]}", results)
+    page.chapter("Loss along the straight line", f"Barrier: {barrier(points):.4f} nats a token above the line between both ends.",
+                 page.picture("loss_path", plot_path(plt, points)),
+                 table(["share of the second", "loss"], [[point.share, point.loss] for point in points]))
     return page.write()
 
 

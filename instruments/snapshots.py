@@ -147,6 +147,7 @@ def writers(model: nn.Module, optimizers: list[torch.optim.Optimizer], rows: dic
         if split_rows is not None:
             kinds = snapshot(model, split_rows, cfg, device)
             kinds["data"]["text"] = [tokenizer.decode(row) for row in kinds["data"]["input_ids"].tolist()]
+            kinds["weights"] = next((found[key] for key in found if key.endswith("_weights")), kinds["weights"])  # held once
             found |= {f"{split}_{kind}": tensors for kind, tensors in kinds.items()}
     if cfg.optimizer_states:
         found["train_optimizer"] = optimizer_states(gather_state(model, optimizers)["optimizer"], cfg.layer_suffixes)
@@ -209,6 +210,17 @@ class Snapshots:
                     raise CheckpointError(f"{path}: not matrices named layers.N....")
                 return name, tensors
         return split, {}
+
+    def input_ids(self, step: int, split: str) -> Tensor:
+        """The token rows (examples, tokens) that a step's snapshot was taken on. Raises CheckpointError."""
+        path = self.folders[step] / self.dynamics / f"{split}_data.pt"
+        try:
+            ids = torch.load(path, map_location="cpu", weights_only=True)["input_ids"]
+            if ids.dim() != 2 or ids.dtype != torch.int64 or not 0 < ids.nbytes <= ids.untyped_storage().nbytes():
+                raise ValueError("holds no rows of token ids")
+        except Exception as error:
+            raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        return ids
 
     def size(self, step: int) -> int:
         """Bytes of a step's files."""

@@ -179,6 +179,14 @@ def replace(staged: Path, path: Path) -> None:
         os.rename(staged, path)
 
 
+def link_instead(twin: Path, path: Path) -> None:
+    """Make `path` a further name of `twin`, which has the same bytes, where the file system can; else it stays a copy."""
+    linked = path.with_name(f"{path.name}.linked")
+    with contextlib.suppress(OSError):
+        os.link(twin, linked)
+        os.replace(linked, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file in one step. Raises OSError."""
     staged = path.with_name(staging_name(path.name))

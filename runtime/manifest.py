@@ -82,8 +82,11 @@ def _replace(folder: Path, staged: Path, entries: dict[str, dict]) -> None:
 
 
 def extend(folder: Path, writers: dict[str, Writer]) -> None:
-    """Add files to a checkpoint; until the manifest names them it is what it was. Raises CheckpointError."""
-    staged = folder / files.staging_name("more")
+    """Add files to a checkpoint; until the manifest names them it is what it was. Raises CheckpointError.
+
+    Files of the same bytes take their room once, where the file system has hard links: both names are whole files.
+    """
+    staged, added = folder / files.staging_name("more"), {}
     size = sum(writer.size for writer in writers.values())
     try:
         files.require_room(folder, size, "it")
@@ -92,6 +95,8 @@ def extend(folder: Path, writers: dict[str, Writer]) -> None:
         for name, writer in writers.items():
             entry = files.write_file(staged / "file", writer.write)
             files.make_folders((folder / name).parent)
+            if (twin := added.setdefault(entry["sha256"], folder / name)) != folder / name:
+                files.link_instead(twin, staged / "file")
             files.replace(staged / "file", folder / name)
             entries[name] = entry
         for parent in {(folder / name).parent for name in writers}:

@@ -13,6 +13,8 @@ import yaml
 import analyze
 import lab
 from instruments import measuring, plots, report
+from instruments.record import training_record
+from instruments.similarity import MEASURES
 from instruments.snapshots import Snapshots
 
 DEMO = """
@@ -283,6 +285,56 @@ def test_what_is_no_matrix_of_a_layer_is_refused(runs, tmp_path, name, tensor):
     shutil.copytree(runs / "full", copy, ignore=shutil.ignore_patterns("analysis", "*.safetensors", "training_state"))
     torch.save({f"layers.0.{name}": tensor}, copy / "checkpoints/step_0/learning_dynamics/val_weights.pt")
     assert "not matrices named layers.N" in lab.call("analyze.py", copy, code=2)
+
+
+def test_each_cycle_is_held_against_the_one_before(runs):
+    """By the angles between what both write, from the snapshots' own factors."""
+    table, layer = rows(runs / "relora/analysis"), "layers.1.swiglu.w_2"
+    for step, before in ((10, 5), (20, 15)):
+        spans = [np.linalg.qr(snapshot(runs / "relora", s, f"{layer}.lora_B"))[0] for s in (step, before)]
+        expected = (np.linalg.svd(spans[0].T @ spans[1], compute_uv=False) ** 2).mean()
+        found = value(table, step=step, other_step=before, metric="overlap_out", component=layer)
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert "no snapshot of an earlier cycle" in next(row["reason"] for row in table if row["metric"].startswith("overlap"))
+
+
+def test_activations_are_held_against_another_runs(runs, tmp_path):
+    (tmp_path / "asked.yaml").write_text(REQUEST.format(**ASKED))
+    words = ("--config", tmp_path / "asked.yaml", "--out", tmp_path / "out", "--against")
+    lab.call("analyze.py", runs / "relora", *words, runs / "full")
+    table, layer = rows(tmp_path / "out"), "layers.0.attention.o_proj"
+    x, y = (snapshot(runs / name, 15, layer, "activations") for name in ("relora", "full"))
+    x, y = x - x.mean(0), y - y.mean(0)
+    expected = np.linalg.norm(x.T @ y) ** 2 / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
+    assert value(table, step=15, data="activations against another run", metric="cka", component=layer) == pytest.approx(expected)
+    other = tmp_path / "other"
+    shutil.copytree(runs / "full", other, ignore=shutil.ignore_patterns("analysis", "*.safetensors", "training_state"))
+    path = other / "checkpoints/step_0/learning_dynamics/val_data.pt"
+    torch.save({"input_ids": torch.zeros(12, 17, dtype=torch.int64)}, path)
+    assert "is of other rows" in lab.call("analyze.py", runs / "relora", *words, other, code=2)
+    path.write_bytes(b"damaged")
+    assert "cannot be read" in lab.call("analyze.py", runs / "relora", *words, other, code=2)
+
+
+def test_the_loss_along_a_line_meets_both_ends(runs, dataset, tmp_path):
+    ends = [runs / "relora/checkpoints/step_20", runs / "full"]
+    printed = lab.call("analyze.py", "path", *ends, "--points", 3, "--out", tmp_path / "path")
+    with open(tmp_path / "path/path.csv", newline="") as file:
+        found = [(float(row["share"]), float(row["loss"])) for row in csv.DictReader(file)]
+    for end, (_, loss) in zip(("relora", "full"), (found[0], found[2])):
+        assert loss == pytest.approx(dict(training_record(runs / end)["eval/val_loss"])[20], abs=1e-5)  # the same rows
+    rise = max(0, found[1][1] - (found[0][1] + found[2][1]) / 2)
+    assert [share for share, _ in found] == [0, 0.5, 1] and f"barrier {rise:.4f}" in printed
+    again = lab.call("analyze.py", "path", *ends, "--points", 2, "--data", dataset, "--out", tmp_path / "path")
+    assert f"loss {found[2][1]:.4f}" in again and "barrier 0.0000" in again
+    assert "give two checkpoints" in lab.call("analyze.py", "path", ends[0], code=2)
+
+
+def test_what_there_is_to_ask_for_is_listed():
+    printed = lab.call("analyze.py", "--list")
+    assert all(f"  {name} " in printed and measure.definition in printed for name, measure in MEASURES.items())
+    assert all(measure.definition for measure in MEASURES.values())
+    assert "give a run folder" in lab.call("analyze.py", code=2)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

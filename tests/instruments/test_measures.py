@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from instruments import measures
-from instruments.measures import (Examples, Pair, Undefined, condition_number, effective_rank, gini, hoyer, of_matrix,
-                                  singular_values)
+from instruments import measures, similarity
+from instruments.measures import Undefined, condition_number, effective_rank, gini, hoyer, of_matrix, singular_values
+from instruments.similarity import Examples, Pair
 
 SMALL = torch.tensor([[3.0, 0.0], [4.0, 5.0]])  # singular values sqrt 45 and sqrt 5
 X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [2.0, 2.0], [-2.0, -2.0]])
@@ -20,7 +20,7 @@ def of_two(measure):
     return lambda x, y: measure(Pair(Examples(x), Examples(y)))
 
 
-cka, cka_of_chance, cka_debiased, pwcca = (of_two(getattr(measures, name)) for name in (
+cka, cka_of_chance, cka_debiased, pwcca = (of_two(getattr(similarity, name)) for name in (
     "cka", "cka_of_chance", "cka_debiased", "pwcca"))
 
 
@@ -44,6 +44,7 @@ def test_the_identity():
     found = values_of(torch.eye(7))
     assert found["effective_rank"] == pytest.approx(7) and found["per"] == pytest.approx(1)
     assert found["numerical_rank"] == 7 and found["condition_number"] == pytest.approx(1)
+    assert found["stable_rank"] == found["participation_ratio"] == pytest.approx(7)
     assert found["norm_frobenius"] == pytest.approx(math.sqrt(7)) and found["norm_nuclear"] == pytest.approx(7)
     assert found["norm_spectral"] == pytest.approx(1) and found["norm_inf"] == 1
     assert found["gini"] == pytest.approx(1 - 1 / 7)  # 7 of 49 entries hold all, equally
@@ -63,6 +64,9 @@ def test_a_known_spectrum(spectrum):
     assert found["effective_rank"] == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)), rel=1e-6)
     assert found["per"] == pytest.approx(found["effective_rank"] / 9) and found["numerical_rank"] == len(spectrum)
     assert found["condition_number"] == pytest.approx(spectrum[0] / spectrum[-1], rel=1e-6)
+    squares = [s * s for s in spectrum]
+    assert found["stable_rank"] == pytest.approx(sum(squares) / max(squares), rel=1e-6)
+    assert found["participation_ratio"] == pytest.approx(sum(squares) ** 2 / sum(q * q for q in squares), rel=1e-6)
 
 
 def test_values_by_hand_on_a_small_matrix():
@@ -140,7 +144,8 @@ def test_what_is_undefined_says_so(matrix):
     found = values_of(matrix)
     assert found["effective_rank"] is found["condition_number"] is found["gini"] is found["hoyer"] is None
     undefined = {name for name, value in found.items() if value is None}
-    assert undefined == {"effective_rank", "per", "condition_number", "gini", "hoyer"}
+    assert undefined == {"effective_rank", "per", "condition_number", "condition_number_all", "stable_rank",
+                         "participation_ratio", "gini", "hoyer"}
     assert found["numerical_rank"] == 0 and found["norm_nuclear"] == 0
 
 
@@ -159,6 +164,45 @@ def test_independent_noise_is_never_called_alike_by_construction():
     with pytest.raises(Undefined, match="100 examples are too few for ranks 60 and 60"):
         pwcca(x, y)
     assert pwcca(x[:, :20], y[:, :20]) < 0.6
+
+
+def test_the_condition_number_of_all_counts_rounding_and_the_other_does_not():
+    made = torch.Generator().manual_seed(0)
+    low_rank = torch.randn(20, 3, generator=made) @ torch.randn(3, 30, generator=made)
+    found = values_of(low_rank)
+    s = np.linalg.svd(low_rank.double().numpy(), compute_uv=False)
+    assert found["condition_number"] == pytest.approx(s[0] / s[2]) and found["condition_number"] < 10
+    assert found["condition_number_all"] == pytest.approx(s[0] / s[-1], rel=1e-6) and found["condition_number_all"] > 1e6
+    assert values_of(SMALL)["condition_number_all"] == pytest.approx(3)
+    value, why = of_matrix(torch.diag(torch.tensor([1.0, 0.0])))["condition_number_all"]
+    assert value is None and why == "a singular value is zero"
+
+
+def test_overlap_of_updates_whose_angles_are_known():
+    """Columns e1, e2 beside e1 and e2 turned by 60 degrees towards e3; rows e1, e2 beside e3, e4."""
+    e = torch.eye(6)
+    turned = math.cos(math.pi / 3) * e[1] + math.sin(math.pi / 3) * e[2]
+    now = torch.stack([3 * e[0], e[1]], 1), e[:2]
+    before = torch.stack([e[0] + turned, 5 * turned], 1), e[2:4]
+    found = {name: value for name, (value, _) in similarity.of_updates(now, before).items()}
+    assert found == {"overlap_out": pytest.approx((1 + 0.25) / 2), "overlap_in": pytest.approx(0, abs=1e-15)}
+    within = similarity.of_updates((e[:, :3], torch.randn(3, 9)), (e[:, 1:2], torch.randn(1, 9)))
+    assert within["overlap_out"][0] == pytest.approx(1), "one within the other"
+    zero = similarity.of_updates((torch.zeros(6, 2), e[:2]), before)
+    assert set(zero.values()) == {(None, "the update is zero")}
+    assert set(similarity.of_updates(now, (e[:, :2] * math.nan, e[:2])).values()) == {(None, "the update is not finite")}
+
+
+def test_overlap_is_the_mean_squared_cosine_of_the_angles_and_that_of_chance_is_known():
+    made = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(50):
+        now, before = ((torch.randn(40, r, generator=made), torch.randn(r, 30, generator=made)) for r in (4, 6))
+        value = similarity.of_updates(now, before)["overlap_out"][0]
+        found.append(value)
+        spans = [np.linalg.qr(factors[0].double().numpy())[0] for factors in (now, before)]
+        assert value == pytest.approx(np.mean(np.linalg.svd(spans[0].T @ spans[1], compute_uv=False) ** 2), rel=1e-9)
+    assert np.mean(found) == pytest.approx(6 / 40, abs=4 * np.std(found) / 50 ** 0.5)
 
 
 def test_a_product_has_the_singular_values_of_its_entries():

@@ -1,13 +1,17 @@
 """Snapshots of learning dynamics: the numbers that autograd and a hand-written forward give, on any ranks."""
 
 import copy
+import errno
 import gc
+import os
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import lab
+from checkpoint import extend, read_manifest, torch_writer, verify
 from config import LearningDynamicsConfig, config_from_dict
 from data import TokenDataset
 from hub.llama import plain_state
@@ -191,6 +195,24 @@ def test_files_are_as_pico_analyze_reads_them(worlds, split, examples):
         assert weights[name].shape == gradients[name].shape == shape
     tensors = [*activations.items(), *weights.items(), *gradients.items()]
     assert all(name.startswith("layers.") and t.dtype == torch.float32 and t.isfinite().all() for name, t in tensors)
+
+
+def test_the_weights_of_both_splits_take_their_room_once(worlds, tmp_path, monkeypatch):
+    """Two names of one file; what a copy, pruning and the manifest see are whole files, as where there are no links."""
+    step = worlds.folder / "single/checkpoints/step_10"
+    folder = step / "learning_dynamics"
+    names = ["train_weights.pt", "val_weights.pt"]
+    assert (folder / names[0]).samefile(folder / names[1]) and (folder / names[0]).stat().st_nlink == 2
+    assert not (folder / "train_gradients.pt").samefile(folder / "val_gradients.pt")
+    verify(step)
+    shutil.copytree(step, tmp_path / "step_10")
+    verify(tmp_path / "step_10")
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    extend(tmp_path / "step_10", {f"again/{name}": torch_writer(torch.load(folder / name)) for name in names})
+    entries = read_manifest(tmp_path / "step_10")
+    assert len({entries[f"again/{name}"]["sha256"] for name in names}) == 1
+    assert not (tmp_path / "step_10/again" / names[0]).samefile(tmp_path / "step_10/again" / names[1])
+    assert not list((tmp_path / "step_10").rglob(".staging-*"))
 
 
 @pytest.mark.parametrize("step", [0, 10])
