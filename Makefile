@@ -1,10 +1,11 @@
 # make demo   train a small ReLoRA model on Python's own sources, 80 seconds on 2 fast cores after installing
 # make test   run every test
+# make course run every block of docs/course, small; SCALE=full: as a student does, and its figures are drawn anew
 # make soak   kill a run 30 times at random moments; it must end as if nothing had been
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test soak clean
+.PHONY: demo test course soak clean
 
 demo: .venv/.installed
 	$(BIN)/python shards.py stdlib --out corpora/stdlib
@@ -23,6 +24,10 @@ demo: .venv/.installed
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2
+
+SCALE ?= quick
+course: .venv/.installed-dev
+	SCALE=$(SCALE) $(BIN)/python -m pytest -n 2 docs tests/test_course.py
 
 soak: .venv/.installed-dev
 	$(BIN)/python tests/soak.py --kills 30
