@@ -7,7 +7,6 @@ from config import load_config
 from model import PicoDecoder
 from optim import Span
 
-
 # ---- exercise 1 --------------------------------------------------------------------------------------------------
 
 def adamw(w, gradients, lr, betas, eps, decay):
