@@ -1,11 +1,12 @@
 # make demo   train a small ReLoRA model on Python's own sources, 80 seconds on 2 fast cores after installing
 # make test   run every test
 # make study  what each part of ReLoRA brings: 8 arms, 5 seeds, with intervals; under an hour on 2 cores
+# make course run every block of docs/course, small; SCALE=full: as a student does, and its figures are drawn anew
 # make soak   kill a run 30 times at random moments; it must end as if nothing had been
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test study soak clean
+.PHONY: demo test study course soak clean
 
 demo: .venv/.installed
 	$(BIN)/python shards.py stdlib --out corpora/stdlib
@@ -28,6 +29,10 @@ study: .venv/.installed
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 2
+
+SCALE ?= quick
+course: .venv/.installed-dev
+	SCALE=$(SCALE) $(BIN)/python -m pytest -n 2 docs tests/test_course.py
 
 soak: .venv/.installed-dev
 	$(BIN)/python tests/soak.py --kills 30

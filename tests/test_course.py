@@ -1,0 +1,72 @@
+"""The course and the glossary: every function that they name is there, and what they show is small and can be typed."""
+
+import ast
+import codeop
+import re
+
+import pytest
+
+import lab
+
+COURSE = lab.ROOT / "docs/course"
+LESSONS = sorted(COURSE.glob("[1-9]*.md"))
+PAGES = [*LESSONS, COURSE / "README.md", lab.ROOT / "docs/glossary.md"]
+ROOMS = ("config", "runtime", "hub", "instruments")
+SOURCES = [*lab.ROOT.glob("*.py"), *(path for room in ROOMS for path in (lab.ROOT / room).glob("*.py"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+FIGURE = re.compile(r"!\[.*?\]\((.*?)\)")
+
+
+def definitions():
+    """{name, and Class.name: the files that define it} of functions, classes and methods of the project."""
+    found = {}
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.setdefault(node.name, set()).add(path.relative_to(lab.ROOT).as_posix())
+            if isinstance(node, ast.ClassDef):
+                for inner in node.body:
+                    names = [inner.name] if isinstance(inner, ast.FunctionDef) else [inner.target.id] if isinstance(
+                        inner, ast.AnnAssign) else []
+                    for name in names:
+                        found.setdefault(f"{node.name}.{name}", set()).add(path.relative_to(lab.ROOT).as_posix())
+    return found
+
+
+def lines_to_open(page):
+    """(file, or None; name) of what the section "Lines to open" of a lesson names in backticks."""
+    section = page.read_text().split("## Lines to open")[1].split("\n## ")[0]
+    return re.findall(r"`([\w./]+)`", section)
+
+
+@pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
+def test_the_lines_to_open_are_there(page):
+    known, names = definitions(), lines_to_open(page)
+    assert len(names) >= 4
+    for name in names:
+        is_file = name.endswith((".py", ".yaml"))
+        assert (lab.ROOT / name).exists() if is_file else name in known, f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.exists()], ids=lambda page: page.stem)
+def test_links_and_figures_are_there_and_small(page):
+    text = BLOCK.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for figure in FIGURE.findall(text):
+        assert (page.parent / figure).stat().st_size < 60_000, figure
+
+
+@pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
+def test_blocks_can_be_typed_into_a_plain_interpreter(page):
+    """No blank line inside what is indented, one behind it: an interpreter before 3.13 takes what is pasted line by line."""
+    for language, block in BLOCK.findall(page.read_text()):
+        if language != "python":
+            continue
+        waiting = []
+        for line in [*block.splitlines(), ""]:
+            waiting.append(line)
+            if codeop.compile_command("\n".join(waiting), symbol="single") is not None:
+                waiting = []
+        assert not waiting, "\n".join(waiting)
