@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from instruments.components import IN_CYCLE
-from instruments.plots import CIRCUIT, Line, head, over_steps, panels
+from instruments.plots import CIRCUIT, Line, head, over_steps, panels, plain
 from instruments.similarity import MEASURES
 
 COLUMN = 3.3  # inches, of a paper in two columns
@@ -62,7 +62,7 @@ def draw(axis, shown: Panels, part: str) -> dict[str, Any]:
     if shown.bounds.get(part):
         legend[BOUND], = axis.plot(*zip(*shown.bounds[part]), "--", color="0.45", linewidth=1)
     for number, step in enumerate(shown.merges):
-        mark = axis.axvline(step, color="0.6", linewidth=0.7, linestyle=":")
+        mark = axis.axvline(step, color="0.3", linewidth=0.8, linestyle=":")
         legend |= {} if number else {"merge": mark}
     scale(axis, shown.metric, *shown.range)
     over_steps(axis)
@@ -96,14 +96,16 @@ def alone(plt, shown: Panels, part: str):
     """One panel as wide as a column, with its own legend."""
     labelled = [line.label for line in shown.lines[part]]
     few = has_legend(labelled)
-    bottom = 0.5 + (0.2 * -(-(len(labelled) + 2) // 3) if few else 0.0)
+    bottom = 0.45 + (0.17 * -(-(len(labelled) + 2) // 3) if few else 0.0)
     figure, axis = plt.subplots(figsize=(COLUMN, 2.1 + bottom))
     width, height = figure.get_size_inches()
-    figure.subplots_adjust(left=0.62 / width, right=1 - (0.12 if few else 0.75) / width, bottom=bottom / height,
+    figure.subplots_adjust(left=0.75 / width, right=1 - (0.12 if few else 0.75) / width, bottom=bottom / height,
                            top=1 - 0.3 / height)
     legend = draw(axis, shown, part)
     axis.set_title(f"{shown.data.capitalize()}, {part}", fontsize=8)
-    axis.set_ylabel(shown.label)
+    axis.set_xlabel("step", fontsize=8)
+    axis.set_ylabel(shown.label, fontsize=8)
+    axis.tick_params(which="both", labelsize=7)
     if few:
         add_legend(figure, legend, 3)
     else:
@@ -118,7 +120,7 @@ def has_legend(labels: Iterable[str]) -> bool:
 
 
 def add_legend(figure, legend: dict[str, Any], columns: int) -> None:
-    names = [f" {name}" if name.startswith("_") else name for name in legend]  # which matplotlib would leave out
+    names = list(map(plain, legend))
     figure.legend(list(legend.values()), names, loc="lower center", ncols=min(columns, len(legend)), fontsize=7)
 
 

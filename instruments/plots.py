@@ -50,9 +50,13 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-                         "axes.spines.right": False, "legend.frameon": False,
-                         "text.parse_math": False})  # a run may be named a$b$
+                         "axes.spines.right": False, "legend.frameon": False})
     return plt
+
+
+def plain(name: str) -> str:
+    """A run's name in a figure: matplotlib reads formulas between dollars, and leaves out of legends what begins with _."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def panels(plt, rows: int, columns: int, height: float, *, top: float = 0.65, right: float = 0.15, bottom: float = 0.5,
@@ -196,10 +200,10 @@ def plot_training(plt, name: str, record: Curves, rates: list[tuple[int, float]]
     draw_loss(axis, record, record["train/loss"], "tab:blue", "training loss")
     for number, (step, _) in enumerate(record["relora/reset_count"]):
         for panel in (axis, below):
-            panel.axvline(step, color="0.6", linewidth=0.8, linestyle=":", label="merge" if not number else None)
+            panel.axvline(step, color="0.3", linewidth=0.8, linestyle=":", label="merge" if not number else None)
     if rates := rates or record["trainer/learning_rate"]:
         below.plot(*zip(*rates), color="tab:green", linewidth=1)
-    axis.set(ylabel="loss (nats a token, log scale)", title=f"{name}: loss and learning rate")
+    axis.set(ylabel="loss (nats a token, log scale)", title=f"{plain(name)}: loss and learning rate")
     below.set(ylabel="learning rate", ylim=(0, None))
     over_steps(below)
     axis.legend(loc="upper right")
@@ -237,7 +241,7 @@ def plot_losses(plt, records: dict[str, Curves]):
             by_time.append((clock, loss))
         for axis, points in zip(axes, (record["train/loss"], by_tokens, by_time)):
             if points:
-                draw_loss(axis, record, points, f"C{number}", name)
+                draw_loss(axis, record, points, f"C{number}", plain(name))
     for axis, label in zip(axes, ("step", "millions of tokens", "seconds of training, each on its machine")):
         axis.set_xlabel(label)
     axes[0].set_ylabel("training loss (nats a token, log scale)")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib import cbook
 
 import analyze
 import lab
@@ -158,6 +159,13 @@ metrics:
      data_type: {data}, layer_suffixes: {suffixes}, layers: [{layer}]}}]}}
 steps: [0, 15]
 """
+FEW = """
+metrics:
+  - {metric_name: numerical_rank, components: [{component_name: simple, data_type: updates, layer_suffixes: swiglu.w_2}]}
+  - {metric_name: effective_rank, components: [{component_name: simple, data_type: weights, layer_suffixes: swiglu.w_2}]}
+  - {metric_name: cka, components: [{component_name: simple, data_type: activations, layer_suffixes: swiglu.w_2}]}
+  - {metric_name: pwcca, components: [{component_name: simple, data_type: activations, layer_suffixes: swiglu.w_2}]}
+"""
 ASKED = {"metric": "norm", "split": "val", "component": "simple", "data": "weights", "suffixes": "swiglu.w_2", "layer": 1}
 CIRCUIT = "{value_layer: attention.v_proj, output_layer: attention.o_proj}"
 
@@ -184,7 +192,8 @@ def test_updates_between_any_two_steps_and_within_a_cycle(dataset, tmp_path):
     runs = lab.Lab(tmp_path, dataset)
     runs.train("run", "checkpointing.save_every_n_steps=3", "training.max_steps=12",
                "checkpointing.learning_dynamics.eval_data=null", "evaluation.metrics=null")
-    lab.call("analyze.py", tmp_path / "run", "--since", 6)
+    (tmp_path / "few.yaml").write_text(FEW)  # a page of everything takes seconds to draw
+    lab.call("analyze.py", tmp_path / "run", "--config", tmp_path / "few.yaml", "--since", 6)
     table, layer = rows(tmp_path / "run/analysis"), "layers.0.swiglu.w_2"
 
     def ranks(data):
@@ -222,14 +231,16 @@ def test_tables_and_the_page_are_complete_and_self_contained(runs):
 
 
 def test_runs_are_compared(runs, tmp_path):
-    lab.call("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path / "both")
+    (tmp_path / "few.yaml").write_text(FEW)
+    words = ("--config", tmp_path / "few.yaml", "--out")
+    lab.call("analyze.py", "compare", runs / "relora", runs / "full", *words, tmp_path / "both")
     assert "Runs compared: relora, full" in (tmp_path / "both/report.html").read_text()
     names = {path.stem for path in (tmp_path / "both/figures").glob("*.png")}
-    assert {"loss", "updates_since_the_start_per", "activations_cka"} <= names
+    assert {"loss", "updates_since_the_start_numerical_rank", "activations_cka"} <= names
     table = rows(tmp_path / "both")
     assert {row["run"] for row in table} == {"relora", "full"} and {"cka", "pwcca"} <= {row["metric"] for row in table}
     (tmp_path / "file").write_text("")
-    printed = lab.call("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path / "file/below", code=2)
+    printed = lab.call("analyze.py", "compare", runs / "relora", runs / "full", *words, tmp_path / "file/below", code=2)
     assert "cannot be written" in printed
 
 
@@ -258,6 +269,17 @@ def test_lines_end_with_their_cycle_and_bounds_stay_inside(runs):
         names = [text.get_text().strip() for text in figure.legends[0].get_texts()]
         assert names == ["_run 0", "rank times cycles, at most", "merge"] and figure.get_size_inches()[0] == panels.COLUMN
         plt.close(figure)
+
+
+def test_ticks_are_powers_of_ten_and_names_are_no_formulas():
+    plt = plots.pyplot()
+    figure = panels.alone(plt, shown("$\\frac{$ x_$", 1, metric="condition_number"), "swiglu.w_2")
+    figure.canvas.draw()  # parses all that is text
+    ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    parsed = [cbook.is_math_text(tick) for tick in ticks if "10^{" in tick]
+    assert parsed and all(parsed) and plt.rcParams["text.parse_math"]
+    assert not cbook.is_math_text(figure.legends[0].get_texts()[0].get_text()), "a name, as it is"
+    plt.close(figure)
 
 
 def test_every_panel_can_be_had_alone_and_progress_is_said_without_a_terminal(runs, tmp_path, monkeypatch):
