@@ -122,11 +122,11 @@ def learning_rates(run: Snapshots) -> list[tuple[int, float]]:
             for step in steps[::len(steps) // 20_000 + 1]]
 
 
-def compare(runs: dict[str, Snapshots], plan: Plan, out: Path, device: torch.device) -> None:
+def compare(runs: dict[str, Snapshots], plan: Plan, out: Path, device: torch.device, panels: bool) -> None:
     results = Results(out, chosen=True)
     tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis", device) for label, run in runs.items()}
     write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], results)
-    page = report.write_comparison({label: run.path for label, run in runs.items()}, tables, results)
+    page = report.write_comparison({label: run.path for label, run in runs.items()}, tables, results, panels)
     print(printable(f"open {page}"))
 
 
@@ -183,6 +183,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--against", type=Path, metavar="RUN", help="also how alike another run's activations are, step by step")
     parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/analysis, comparison or path)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where spectra are computed (default: cpu)")
+    parser.add_argument("--panels", action="store_true", help="figures as SVG too, and every panel alone, a paper's "
+                        "column wide")
     parser.add_argument("--data", type=Path, help="path: a data set whose val rows are scored (default: those of "
                         "the first one's snapshot)")
     parser.add_argument("--points", type=number(int, 2, 1001), default=11, help="path: places on the line (default: 11)")
@@ -215,7 +217,7 @@ def main() -> None:
     for run in runs.values():
         plan.steps(run)  # what cannot be asked for is told before anything is made
     if comparing:
-        return compare(runs, plan, args.out or Path("comparison"), device)
+        return compare(runs, plan, args.out or Path("comparison"), device, args.panels)
     for label, run in runs.items():
         out = run.path / "analysis" if args.out is None else args.out / label if len(runs) > 1 else args.out
         results = Results(out, chosen=args.out is not None)
@@ -223,7 +225,7 @@ def main() -> None:
         if other is not None:
             rows += rows_against(run, other, plan.steps(run), device)
         write_tables(rows, results)
-        page = report.write_run(run.path, run.config, learning_rates(run), rows, results)
+        page = report.write_run(run.path, run.config, learning_rates(run), rows, results, args.panels)
         print(printable(f"{len(rows):,} measures of {len({row['step'] for row in rows})} steps in {out}; open {page}"))
 
 

@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import multiprocessing
 import signal
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,9 +26,10 @@ from instruments.measures import SINGLE
 from instruments.results import Cache
 from instruments.similarity import OVERLAPS, PAIRED, of_pair, of_updates
 from instruments.snapshots import Snapshots
-from runtime.log import printable
+from runtime.log import log, printable
 
 FIELDS = ("step", "other_step", "split", "data", "component", "metric", "value", "reason")  # other: compared with, or since
+TELL_SECONDS = 30.0
 BATCH = 1 << 22  # entries of matrices whose spectra are computed together: bounds the memory
 CPU = torch.device("cpu")
 LARGE = 100e6  # bytes of snapshots from which on the seconds are worth it that further processes take to start
@@ -141,7 +144,7 @@ def rows_against(run: Snapshots, other: Snapshots, steps: Iterable[int], device:
     if not common:
         raise AnalysisError(f"{other.path}: has no snapshot at any of the steps of {run.path}; there are "
                             f"{', '.join(map(str, other.folders))}")
-    for step in tqdm(common, desc=printable(f"comparing with {other.path}"), disable=None):
+    for step in told(common, f"comparing with {other.path}"):
         if not torch.equal(run.input_ids(step, request.split), other.input_ids(step, request.split)):
             raise AnalysisError(f"{other.path}: its {request.split} snapshot of step {step} is of other rows than that of "
                                 f"{run.path}; train both with the same checkpointing.learning_dynamics.eval_data")
@@ -165,11 +168,21 @@ def analyse(run: Snapshots, requests: list[Request], steps: Iterable[int], out: 
     found = [cache.read(name, source) for name, (_, _, source) in zip(names, asked)]
     new = [number for number, kept in enumerate(found) if kept is None]
     work = measured(run, [asked[number][:2] for number in new], device)
-    for number in tqdm(new, desc=printable(f"analysing {run.path}"), disable=None):
+    for number in told(new, f"analysing {run.path}"):
         found[number] = next(work)
         cache.write(names[number], asked[number][2], found[number])
     # what two requests ask for is told once
     return list({tuple(row[name] for name in FIELDS[:-2]): row for kept in found for row in kept}.values())
+
+
+def told(items: list, what: str) -> Iterator:
+    """The items, with a bar where there is a terminal, and else a line now and then."""
+    said = time.monotonic()
+    for number, item in enumerate(tqdm(items, desc=printable(what), disable=None)):
+        if time.monotonic() - said > TELL_SECONDS and not sys.stderr.isatty():
+            log.info(f"{what}: {number} of {len(items)} ({number / len(items):.0%})")
+            said = time.monotonic()
+        yield item
 
 
 def measured(run: Snapshots, jobs: list[tuple[int, Request]], device: torch.device) -> Iterator[list[Row]]:

@@ -1,6 +1,6 @@
 """The figures of an analysis, from analyze.py's rows and a run's record. Needs matplotlib, which nothing else here does.
 
-A sheet has a row of panels a measure, a column a kind of layer, and a line a layer, or a run where several are compared.
+Measures over steps are drawn by panels.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from instruments.similarity import MEASURES, PAIRED
 LABELS = {name: measure.label for name, measure in MEASURES.items()}
 RANKS = ("effective_rank", "numerical_rank")
 CIRCUIT = "OV circuit, heads"
-LEGEND = 12  # names; more layers than that are told by a bar of colours
 CHAPTERS = {  # data: what to know of it
     "updates since the start": "Effective weight minus that of the first snapshot: the cumulative update.",
     "updates within the cycle": "s B A of ReLoRA layers: what has been learnt since the latest merge. Overlap with the "
@@ -51,9 +50,13 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-                         "axes.spines.right": False, "legend.frameon": False,
-                         "text.parse_math": False})  # a run may be named a$b$
+                         "axes.spines.right": False, "legend.frameon": False})
     return plt
+
+
+def plain(name: str) -> str:
+    """A run's name in a figure: matplotlib reads formulas between dollars, and leaves out of legends what begins with _."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def panels(plt, rows: int, columns: int, height: float, *, top: float = 0.65, right: float = 0.15, bottom: float = 0.5,
@@ -117,75 +120,14 @@ def run_line(label: str, colour: Any, by_layer: dict[int, dict[int, list[float]]
                 [(min(v), max(v)) for _, v in sorted(by_step.items())])
 
 
-def axis_labels(rows: list[Row]) -> dict[str, str]:
-    """{metric: its label}; a similarity's says with what."""
-    others = {row["metric"]: row["other_step"] for row in rows if row["metric"] in PAIRED}
-    return LABELS | {metric: f"{LABELS[metric]} with step {step}" for metric, step in others.items() if step is not None}
+def axis_label(rows: list[Row], data: str, metric: str) -> str:
+    """A similarity's says with which step's activations, where that is one."""
+    steps = {row["other_step"] for row in rows if row["metric"] == metric and row["data"] == data}
+    one = metric in PAIRED and data != AGAINST and len(steps) == 1
+    return f"{LABELS[metric]} with step {steps.pop()}" if one else LABELS[metric]
 
 
-# ---- sheets of panels --------------------------------------------------------------------------------------------------
-
-def in_order(parts: Iterable[str]) -> list[str]:
-    return sorted(set(parts), key=lambda part: (part == CIRCUIT, part))
-
-
-def sheet(plt, lines: dict[str, dict[str, list[Line]]], title: str, labels: dict[str, str],
-          bounds: dict[str, list[tuple[int, float]]] | None = None, merges: Iterable[int] = ()):
-    """A panel for each of {measure: {part: lines}}, a row a measure; `bounds` {part: points} is drawn with the ranks."""
-    lines = {metric: parts for metric, parts in lines.items() if any(parts.values())}
-    if not lines:
-        return None
-    columns = in_order(part for parts in lines.values() for part, found in parts.items() if found)
-    labelled = {line.label for parts in lines.values() for found in parts.values() for line in found}
-    few = len(labelled) <= LEGEND or not all(label.startswith("layer ") for label in labelled)  # runs have no scale of colours
-    figure, axes = panels(plt, len(lines), len(columns), 1.7, sharex=True, sharey="row",
-                          bottom=0.5 + 0.22 * -(-(len(labelled) + 1) // 6) if few else 0.5, right=0.15 if few else 1.0)
-    legend: dict[str, Any] = {}
-    for across, (metric, parts) in zip(axes, lines.items()):
-        for axis, part in zip(across, columns):
-            for line in parts.get(part, []):
-                steps, values = zip(*line.points)
-                legend[line.label], = axis.plot(steps, values, "o-", markersize=2.5, linewidth=1.2, color=line.colour)
-                if any(low != high for low, high in line.spread):
-                    axis.fill_between(steps, *zip(*line.spread), color=line.colour, alpha=0.12, linewidth=0)
-            if bounds and metric in RANKS and bounds.get(part):
-                legend["r x cycles"], = axis.plot(*zip(*bounds[part]), "--", color="0.45", linewidth=1)
-            for step in merges if parts.get(part) else ():
-                axis.axvline(step, color="0.6", linewidth=0.7, linestyle=":")
-            if not parts.get(part) and part != columns[0]:
-                axis.axis("off")  # which leaves the title of a column
-        across[0].set_ylabel(labels[metric])
-        spread = [extreme for found in parts.values() for line in found for both in line.spread for extreme in both]
-        scale(across[0], metric, min(spread), max(spread))
-    for column, part in zip(axes.T, columns):
-        column[0].set_title(part, fontsize=9)
-        lowest = [axis for axis in column if axis.axison][-1]
-        over_steps(lowest)
-        lowest.tick_params(labelbottom=True)
-    head(figure, title)
-    if few:
-        figure.legend(list(legend.values()), list(legend), loc="lower center", ncols=min(6, len(legend)))
-    else:
-        layers = [int(label.split()[1]) for label in legend if label.startswith("layer")]
-        width, height = figure.get_size_inches()
-        tall = min(4.0, height - 1.15)
-        bar = figure.add_axes((1 - 0.8 / width, 1 - (0.65 + tall) / height, 0.15 / width, tall / height))
-        colors = plt.cm.ScalarMappable(plt.Normalize(min(layers), max(layers)), plt.get_cmap("viridis_r"))
-        figure.colorbar(colors, bar, label="layer")
-    return figure
-
-
-def scale(axis, metric: str, least: float, largest: float) -> None:
-    """Condition numbers span decades; a fraction is read against 0 and 1, a rank or a norm against 0."""
-    if MEASURES[metric].scale == "log":
-        axis.set_yscale("log")
-    elif MEASURES[metric].scale == "fraction":
-        axis.set_ylim(-0.03, 1.03)
-    elif MEASURES[metric].scale == "similarity":
-        axis.set_ylim(min(0, least) - 0.03, 1.03)
-    else:
-        axis.set_ylim(0, 1.08 * largest or 1)
-
+# ---- figures ---------------------------------------------------------------------------------------------------------
 
 def plot_heat(plt, rows: list[Row], metric: str = "per"):
     """Layers by steps: a row of panels a kind of data, a column a kind of layer."""
@@ -258,10 +200,10 @@ def plot_training(plt, name: str, record: Curves, rates: list[tuple[int, float]]
     draw_loss(axis, record, record["train/loss"], "tab:blue", "training loss")
     for number, (step, _) in enumerate(record["relora/reset_count"]):
         for panel in (axis, below):
-            panel.axvline(step, color="0.6", linewidth=0.8, linestyle=":", label="merge" if not number else None)
+            panel.axvline(step, color="0.3", linewidth=0.8, linestyle=":", label="merge" if not number else None)
     if rates := rates or record["trainer/learning_rate"]:
         below.plot(*zip(*rates), color="tab:green", linewidth=1)
-    axis.set(ylabel="loss (nats a token, log scale)", title=f"{name}: loss and learning rate")
+    axis.set(ylabel="loss (nats a token, log scale)", title=f"{plain(name)}: loss and learning rate")
     below.set(ylabel="learning rate", ylim=(0, None))
     over_steps(below)
     axis.legend(loc="upper right")
@@ -299,7 +241,7 @@ def plot_losses(plt, records: dict[str, Curves]):
             by_time.append((clock, loss))
         for axis, points in zip(axes, (record["train/loss"], by_tokens, by_time)):
             if points:
-                draw_loss(axis, record, points, f"C{number}", name)
+                draw_loss(axis, record, points, f"C{number}", plain(name))
     for axis, label in zip(axes, ("step", "millions of tokens", "seconds of training, each on its machine")):
         axis.set_xlabel(label)
     axes[0].set_ylabel("training loss (nats a token, log scale)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -18,11 +19,12 @@ from typing import Any
 from config.reading import show
 from instruments.components import Row, layer_of
 from instruments.landscape import Point, barrier
-from instruments.plots import (CHAPTERS, CIRCUIT, LABELS, RANKS, Line, axis_labels, curves, layer_lines, part_of, plot_heat,
-                               plot_losses, plot_path, plot_spectra, plot_training, pyplot, run_line, sheet)
+from instruments.panels import COLUMN, Panels, alone, sheet
+from instruments.plots import (CHAPTERS, CIRCUIT, LABELS, RANKS, Line, axis_label, curves, layer_lines, part_of, plot_heat,
+                               plot_losses, plot_path, plot_spectra, plot_training, pyplot, run_line)
 from instruments.record import Curves, training_record
-from instruments.results import Results
-from instruments.similarity import PAIRED
+from instruments.results import Results, table_text
+from instruments.similarity import MEASURES, PAIRED
 from runtime.log import printable
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
@@ -34,25 +36,43 @@ nav a{margin-right:1.2em}"""
 # ---- the page --------------------------------------------------------------------------------------------------------------
 
 class Page:
-    """Chapters of pictures and tables, written as one HTML file; pictures also as PNG files beside it."""
+    """Chapters of pictures and tables, written as one HTML file; pictures lie beside it, with their tables."""
 
-    def __init__(self, plt, title: str, results: Results):
-        self.plt, self.title, self.results, self.chapters = plt, title, results, []
+    def __init__(self, plt, title: str, results: Results, panels: bool = False):
+        self.plt, self.title, self.results, self.panels, self.chapters = plt, title, results, panels, []
 
     def chapter(self, title: str, note: str, *content: str) -> None:
         if any(content):
             self.chapters.append((title, f"<p class=note>{escape(note)}</p>{''.join(content)}"))
 
     def picture(self, name: str, figure, words: str = "") -> str:
+        """A figure as part of the page, and beside it."""
         if figure is None:
             return ""
-        image = io.BytesIO()
-        figure.savefig(image, format="png")
-        self.plt.close(figure)
-        self.results.write(f"{name}.png", image.getvalue())
-        data = base64.b64encode(image.getvalue()).decode()
+        data = base64.b64encode(self.save(name, figure)).decode()
         caption = f"<figcaption>{escape(words)}</figcaption>" if words else ""
         return f'<figure><img alt="{escape(words or name)}" src="data:image/png;base64,{data}">{caption}</figure>'
+
+    def save(self, name: str, figure) -> bytes:
+        """Write figures/NAME.png, and .svg where panels are wanted, which takes half of the time; returns the former."""
+        images = {kind: io.BytesIO() for kind in (("svg", "png") if self.panels else ("png",))}
+        for kind, image in images.items():
+            figure.savefig(image, format=kind, dpi=200 if figure.get_size_inches()[0] <= COLUMN else None)
+            self.results.write(f"figures/{name}.{kind}", image.getvalue())
+        self.plt.close(figure)
+        return images["png"].getvalue()
+
+    def sheet(self, shown: Panels) -> str:
+        """A measure on the page, and its table beside the figure; where asked for, each panel alone too."""
+        name = file_name(shown.data, shown.metric)
+        if not shown.parts:
+            return ""
+        self.results.write(f"figures/{name}.csv", panel_table(shown, shown.parts))
+        for part in shown.parts if self.panels else ():
+            single = file_name(shown.data, shown.metric, part)
+            self.save(single, alone(self.plt, shown, part))
+            self.results.write(f"figures/{single}.csv", panel_table(shown, [part]))
+        return self.picture(name, sheet(self.plt, shown))
 
     def write(self, name: str = "report.html") -> Path:
         links = "".join(f"<a href='#c{n}'>{escape(title)}</a>" for n, (title, _) in enumerate(self.chapters))
@@ -68,6 +88,21 @@ class Page:
 def escape(text: str) -> str:
     """A stranger's name as text of a page, and no more than that."""
     return html.escape(printable(text))
+
+
+def file_name(*names: str) -> str:
+    return re.sub(r"\W+", "_", "_".join(names))
+
+
+def panel_table(shown: Panels, parts: list[str]) -> str:
+    """What a figure was drawn from, as CSV."""
+    return table_text(("layers", "line", "step", shown.metric, "least", "largest"),
+                      ((part, line.label, step, value, *spread) for part in parts for line in shown.lines[part]
+                       for (step, value), spread in zip(line.points, line.spread)))
+
+
+def glossary(metrics: Iterable[str]) -> str:
+    return table(["measure", "is"], [[LABELS[m], MEASURES[m].definition] for m in LABELS if m in set(metrics)])
 
 
 def table(head: list[str], body: Iterable[list[Any]]) -> str:
@@ -140,27 +175,29 @@ def rank_bounds(config: dict, rows: list[Row], merges: list[int]) -> dict[str, l
     return {part: sorted(points.items()) for part, points in bounds.items() if part != CIRCUIT}
 
 
-def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: list[Row], results: Results) -> Path:
+def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: list[Row], results: Results,
+              panels: bool = False) -> Path:
     """Draw one run's analysis; returns the page."""
     plt = pyplot()
-    page, record = Page(plt, f"{run.name}: learning dynamics", results), training_record(run)
+    page, record = Page(plt, f"{run.name}: learning dynamics", results, panels), training_record(run)
     merges = [step for step, _ in record["relora/reset_count"]]
     depth = max((layer_of(r["component"]) for r in rows if r["value"] is not None), default=0) + 1
 
-    def lines(data: str, metrics: Iterable[str]) -> dict[str, dict[str, list[Line]]]:
-        return {m: {part: layer_lines(plt, layers, m, depth) for part, layers in curves(rows, data, m).items()} for m in metrics}
+    def shown(data: str, metric: str, bounds: dict = {}) -> Panels:
+        lines = {part: layer_lines(plt, layers, metric, depth) for part, layers in curves(rows, data, metric).items()}
+        return Panels(data, metric, axis_label(rows, data, metric), lines, bounds, tuple(merges))
     page.chapter("Training", run_summary(config, rows), page.picture("training", plot_training(plt, run.name, record, rates)))
-    ranks = sheet(plt, lines("updates since the start", RANKS), "Rank of the cumulative update", LABELS,
-                  rank_bounds(config, rows, merges), merges)
+    start, bounds = "updates since the start", rank_bounds(config, rows, merges)
     page.chapter("Does the rank of the update grow?", "Effective weight minus that of the first snapshot. Dotted: merges; "
-                 "dashed: r for each cycle so far, up to the layer's size.", page.picture("update_rank", ranks), rank_table(rows))
+                 "dashed: r for each cycle so far, up to the layer's size.",
+                 *(page.sheet(shown(start, metric, bounds)) for metric in RANKS), rank_table(rows))
     page.chapter("Spectra", "", page.picture("spectra", plot_spectra(plt, rows)))
     page.chapter("Layers by steps", "Proportional effective rank: exp(entropy of the singular values) over their number.",
-                 page.picture("heat_per", plot_heat(plt, rows)))
+                 page.picture("layers_by_steps", plot_heat(plt, rows)))
     for data in dict.fromkeys([*CHAPTERS, *(row["data"] for row in rows)]):
-        figure = sheet(plt, lines(data, LABELS), data.capitalize(), axis_labels(rows), merges=merges)
-        page.chapter(data.capitalize(), CHAPTERS.get(data, ""), page.picture(data.replace(" ", "_"), figure),
-                     last_table(rows, data))
+        found = (page.sheet(shown(data, metric)) for metric in LABELS if not (data == start and metric in RANKS))
+        page.chapter(data.capitalize(), CHAPTERS.get(data, ""), *found, last_table(rows, data))
+    page.chapter("Words", "What each measure is; more in docs/measures.md.", glossary(row["metric"] for row in rows))
     page.chapter("Undefined", "Measures without a value, and why.", undefined_table(rows))
     return page.write()
 
@@ -196,21 +233,22 @@ def mean_at_end(rows: list[Row], data: str, metric: str) -> Any:
     return statistics.fmean(r["value"] for r in chosen if r["step"] == last) if chosen else ""
 
 
-def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], results: Results) -> Path:
-    """Overlay several runs' analyses; returns the page."""
+def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], results: Results,
+                     panels: bool = False) -> Path:
+    """Overlay several runs' analyses, lines means over layers and shades their range; returns the page."""
     plt = pyplot()
-    page = Page(plt, "Runs compared: " + ", ".join(runs), results)
+    page = Page(plt, "Runs compared: " + ", ".join(runs), results, panels)
     records = {name: training_record(run) for name, run in runs.items()}
     page.chapter("Training", "Lines: training loss; markers: loss on held-out rows. Time leaves out evaluation and saving. Ranks "
                  "are means over the layers.", page.picture("loss", plot_losses(plt, records)), run_table(records, tables))
     for data in dict.fromkeys([*CHAPTERS, *(row["data"] for rows in tables.values() for row in rows)]):
-        lines: dict[str, dict[str, list[Line]]] = {}
+        found = []
         for metric in LABELS:
-            parts = lines.setdefault(metric, defaultdict(list))
+            parts: dict[str, list[Line]] = defaultdict(list)
             for number, (name, rows) in enumerate(tables.items()):
                 for part, layers in curves(rows, data, metric).items():
                     parts[part].append(run_line(name, f"C{number}", layers, metric))
-        figure = sheet(plt, lines, f"{data.capitalize()}: mean over layers, and their range",
-                       LABELS | {metric: f"{LABELS[metric]} with the last step" for metric in PAIRED})
-        page.chapter(data.capitalize(), CHAPTERS.get(data, ""), page.picture(data.replace(" ", "_"), figure))
+            label = f"{LABELS[metric]} with the last step" if metric in PAIRED else LABELS[metric]
+            found.append(page.sheet(Panels(data, metric, label, parts)))
+        page.chapter(data.capitalize(), CHAPTERS.get(data, ""), *found)
     return page.write()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib import cbook
 
 import analyze
 import lab
-from instruments import measuring, plots, report
+from instruments import measuring, panels, plots, report
 from instruments.record import training_record
 from instruments.similarity import MEASURES
 from instruments.snapshots import Snapshots
@@ -157,6 +159,13 @@ metrics:
      data_type: {data}, layer_suffixes: {suffixes}, layers: [{layer}]}}]}}
 steps: [0, 15]
 """
+FEW = """
+metrics:
+  - {metric_name: numerical_rank, components: [{component_name: simple, data_type: updates, layer_suffixes: swiglu.w_2}]}
+  - {metric_name: effective_rank, components: [{component_name: simple, data_type: weights, layer_suffixes: swiglu.w_2}]}
+  - {metric_name: cka, components: [{component_name: simple, data_type: activations, layer_suffixes: swiglu.w_2}]}
+  - {metric_name: pwcca, components: [{component_name: simple, data_type: activations, layer_suffixes: swiglu.w_2}]}
+"""
 ASKED = {"metric": "norm", "split": "val", "component": "simple", "data": "weights", "suffixes": "swiglu.w_2", "layer": 1}
 CIRCUIT = "{value_layer: attention.v_proj, output_layer: attention.o_proj}"
 
@@ -183,7 +192,8 @@ def test_updates_between_any_two_steps_and_within_a_cycle(dataset, tmp_path):
     runs = lab.Lab(tmp_path, dataset)
     runs.train("run", "checkpointing.save_every_n_steps=3", "training.max_steps=12",
                "checkpointing.learning_dynamics.eval_data=null", "evaluation.metrics=null")
-    lab.call("analyze.py", tmp_path / "run", "--since", 6)
+    (tmp_path / "few.yaml").write_text(FEW)  # a page of everything takes seconds to draw
+    lab.call("analyze.py", tmp_path / "run", "--config", tmp_path / "few.yaml", "--since", 6)
     table, layer = rows(tmp_path / "run/analysis"), "layers.0.swiglu.w_2"
 
     def ranks(data):
@@ -203,33 +213,82 @@ def test_tables_and_the_page_are_complete_and_self_contained(runs):
     with open(out / "metrics.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == sum(row["metric"] != "spectrum" for row in rows(out))
     page = (out / "report.html").read_text()
-    names = {path.stem for path in out.glob("*.png")}
-    assert names == {"training", "update_rank", "spectra", "heat_per", "weights", "gradients", "activations",
-                     "updates_since_the_start", "updates_since_the_last_snapshot", "updates_within_the_cycle"}
+    names = {path.stem for path in (out / "figures").glob("*.png")}
+    assert {"training", "spectra", "layers_by_steps", "updates_since_the_start_effective_rank", "weights_gini", "activations_cka",
+            "updates_within_the_cycle_overlap_out", "gradients_condition_number"} <= names and not list(out.glob("*.png"))
+    with open(out / "figures/weights_gini.csv", newline="") as file:
+        drawn = [(row["line"], row["step"], float(row["gini"])) for row in csv.DictReader(file) if row["layers"] == "swiglu.w_2"]
+    table = rows(out)
+    assert drawn == [(f"layer {n}", str(step), value(table, step=step, data="weights", metric="gini",
+                                                     component=f"layers.{n}.swiglu.w_2")) for n in (0, 1)
+                     for step in range(0, 21, 5)]
     assert page.count("data:image/png;base64,") == len(names)
     assert "http://" not in page and "https://" not in page and "src=\"/" not in page
-    assert all((out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in names)
+    assert all((out / f"figures/{name}.png").read_bytes()[:4] == b"\x89PNG" for name in names)
+    page = re.sub(r"base64,[^\"]*", "", page)
+    assert "PER" not in page and "heat_per" not in page and "participation ratio" in page
     assert "the matrix is zero" in page, "why a value is undefined"
 
 
 def test_runs_are_compared(runs, tmp_path):
-    lab.call("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path / "both")
+    (tmp_path / "few.yaml").write_text(FEW)
+    words = ("--config", tmp_path / "few.yaml", "--out")
+    lab.call("analyze.py", "compare", runs / "relora", runs / "full", *words, tmp_path / "both")
     assert "Runs compared: relora, full" in (tmp_path / "both/report.html").read_text()
-    assert {"loss", "updates_since_the_start", "activations"} <= {path.stem for path in (tmp_path / "both").glob("*.png")}
+    names = {path.stem for path in (tmp_path / "both/figures").glob("*.png")}
+    assert {"loss", "updates_since_the_start_numerical_rank", "activations_cka"} <= names
     table = rows(tmp_path / "both")
     assert {row["run"] for row in table} == {"relora", "full"} and {"cka", "pwcca"} <= {row["metric"] for row in table}
     (tmp_path / "file").write_text("")
-    printed = lab.call("analyze.py", "compare", runs / "relora", runs / "full", "--out", tmp_path / "file/below", code=2)
+    printed = lab.call("analyze.py", "compare", runs / "relora", runs / "full", *words, tmp_path / "file/below", code=2)
     assert "cannot be written" in printed
+
+
+def shown(kind, count, data="weights", metric="gini", **options):
+    points = [(0, 1.0), (5, 2.0), (10, 4.0)]
+    lines = [plots.Line(f"{kind} {n}", "k", points, [(value, value) for _, value in points]) for n in range(count)]
+    return panels.Panels(data, metric, "label", {"swiglu.w_2": lines}, **options)
 
 
 def test_many_layers_are_told_by_a_bar_and_many_runs_by_a_legend():
     plt = plots.pyplot()
     for kind, legends, axes in (("layer", 0, 2), ("run", 1, 1)):
-        lines = [plots.Line(f"{kind} {n}", "k", [(0, 1.0), (5, 2.0)], [(1.0, 1.0), (2.0, 2.0)]) for n in range(13)]
-        figure = plots.sheet(plt, {"gini": {"swiglu.w_2": lines}}, "title", plots.LABELS)
-        assert (len(figure.legends), len(figure.axes)) == (legends, axes)
+        for figure in (panels.sheet(plt, shown(kind, 13)), panels.alone(plt, shown(kind, 13), "swiglu.w_2")):
+            assert (len(figure.legends), len(figure.axes)) == (legends, axes)
+            plt.close(figure)
+
+
+def test_lines_end_with_their_cycle_and_bounds_stay_inside(runs):
+    """Within a cycle; the cumulative update goes on over merges."""
+    plt = plots.pyplot()
+    for data, gaps in (("updates within the cycle", 1), ("updates since the start", 0)):
+        bounds = {"swiglu.w_2": [(0, 4), (10, 50)]}
+        figure = panels.alone(plt, shown("_run", 1, data, "numerical_rank", bounds=bounds, merges=(5,)), "swiglu.w_2")
+        axis = figure.axes[0]
+        assert np.isnan(axis.get_lines()[0].get_ydata()).sum() == gaps and axis.get_ylim()[1] > 50
+        names = [text.get_text().strip() for text in figure.legends[0].get_texts()]
+        assert names == ["_run 0", "rank times cycles, at most", "merge"] and figure.get_size_inches()[0] == panels.COLUMN
         plt.close(figure)
+
+
+def test_ticks_are_powers_of_ten_and_names_are_no_formulas():
+    plt = plots.pyplot()
+    figure = panels.alone(plt, shown("$\\frac{$ x_$", 1, metric="condition_number"), "swiglu.w_2")
+    figure.canvas.draw()  # parses all that is text
+    ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    parsed = [cbook.is_math_text(tick) for tick in ticks if "10^{" in tick]
+    assert parsed and all(parsed) and plt.rcParams["text.parse_math"]
+    assert not cbook.is_math_text(figure.legends[0].get_texts()[0].get_text()), "a name, as it is"
+    plt.close(figure)
+
+
+def test_every_panel_can_be_had_alone_and_progress_is_said_without_a_terminal(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "TELL_SECONDS", 0)
+    (tmp_path / "asked.yaml").write_text(REQUEST.format(**ASKED))
+    printed = lab.call("analyze.py", runs / "full", "--config", tmp_path / "asked.yaml", "--panels", "--out", tmp_path / "out")
+    found = {path.name for path in (tmp_path / "out/figures").glob("weights_norm_frobenius_swiglu*")}
+    assert found == {f"weights_norm_frobenius_swiglu_w_2.{kind}" for kind in ("png", "svg", "csv")}
+    assert "analysing" in printed and "1 of 2 (50%)" in printed
 
 
 def test_what_a_stranger_put_into_a_run_is_not_believed_and_leads_nowhere(runs, tmp_path):

@@ -42,7 +42,7 @@ def rows(tmp_path_factory):
 def at_a_merge(rows, reset):
     """Share of B's entries that move with the gradient at the first update after a merge whose rate is above 0."""
     options = [f"model.relora.reset_frequency={CYCLE}", "training.optimization.lr_warmup_steps=4"]
-    state = train.new_state(load_config("docs/course/course.yaml", options), torch.device("cpu"), adapters=True)
+    state = train.make_state(load_config("docs/course/course.yaml", options), torch.device("cpu"))
 
     def batch():
         return [(0, torch.from_numpy(rows.batch(state.step, 8)).long())]
