@@ -2,11 +2,13 @@
 
 import ast
 import codeop
+import functools
 import re
 
 import pytest
 
 import lab
+from instruments.measures import MEASURES
 
 COURSE = lab.ROOT / "docs/course"
 LESSONS = sorted(COURSE.glob("[1-9]*.md"))
@@ -17,6 +19,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 FIGURE = re.compile(r"!\[.*?\]\((.*?)\)")
 
 
+@functools.cache
 def definitions():
     """{name, and Class.name: the files that define it} of functions, classes and methods of the project."""
     found = {}
@@ -70,3 +73,19 @@ def test_blocks_can_be_typed_into_a_plain_interpreter(page):
             if codeop.compile_command("\n".join(waiting), symbol="single") is not None:
                 waiting = []
         assert not waiting, "\n".join(waiting)
+
+
+def test_the_glossary_names_functions_that_are_there():
+    entries = [line.split(" | ") for line in (lab.ROOT / "docs/glossary.md").read_text().splitlines() if line.startswith("| ")]
+    entries = [entry for entry in entries if entry[0] not in ("| word", "| ---")]
+    assert len(entries) > 50 and len({entry[0] for entry in entries}) == len(entries)
+    for word, _, where in entries:
+        names = re.findall(r"`([\w.]+)`", where)
+        assert names and all(name in definitions() for name in names), f"{word}: {names}"
+
+
+def test_the_glossary_has_every_measure():
+    """By its label in the figures."""
+    words = (lab.ROOT / "docs/glossary.md").read_text().lower()
+    for name, measure in MEASURES.items():
+        assert measure.label.lower() in words or name.removeprefix("norm_") in words or name == "norm_inf", name
