@@ -8,7 +8,7 @@ import re
 import pytest
 
 import lab
-from instruments.measures import MEASURES
+from instruments.similarity import MEASURES
 
 COURSE = lab.ROOT / "docs/course"
 LESSONS = sorted(COURSE.glob("[1-9]*.md"))
