@@ -11,13 +11,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from instruments import plots  # noqa: E402
+from instruments.record import training_record  # noqa: E402
 
 LAYER, SINCE = "swiglu.w_2", "updates since the start"
 
 
 def main() -> None:
     run, plt = ROOT / "runs/demo", plots.pyplot()
-    record, rows = plots.training_record(run), json.loads((run / "analysis/metrics.json").read_text())
+    record, rows = training_record(run), json.loads((run / "analysis/metrics.json").read_text())
     figure, [(left, right)] = plots.panels(plt, 1, 2, 2.3, top=0.3, across=0.75)
     plots.draw_loss(left, record, record["train/loss"], "tab:blue", "training loss")
     left.set(ylabel="loss (nats a byte)", title="the loss, and its merges")
