@@ -134,7 +134,10 @@ def is_the_librarys(error: BaseException) -> bool:
 
 def check_prefix(path: Path) -> None:
     """Refuse merges that lack the file's continuing_subword_prefix: the library cuts them blindly, and may abort the process."""
-    model = read_object(path).get("model")
+    try:
+        model = read_object(path).get("model")
+    except DataError as error:
+        raise DataError(f"{path}: not a tokenizer.json ({error})") from None
     prefix, merges = (model.get("continuing_subword_prefix"), model.get("merges")) if isinstance(model, dict) else (None, None)
     if isinstance(prefix, str) and isinstance(merges, list):
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
