@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import statistics as plain
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from checkpoint import read_state, step_folders
 from hub.llama import load_plain
 from instruments import measures
+from instruments.intervals import LEVEL, Interval, interval, paired_difference
 from instruments.plots import over_steps, pyplot
 from instruments.record import training_record
 from instruments.report import Page, table
 from instruments.results import Results, table_text
-from instruments.statistics import LEVEL, Interval, interval, paired_difference
 from runtime.files import finite
 from runtime.progress import perplexity
 
@@ -70,7 +70,7 @@ def update_ranks(run: Path) -> list[tuple[int, float]]:
         ranks = [measures.effective_rank(measures.singular_values(weights[name] - first[name])) for name in names
                  if not weights[name].equal(first[name])]
         if ranks:
-            found.append((int(folder.name.removeprefix("step_")), plain.fmean(ranks)))
+            found.append((int(folder.name.removeprefix("step_")), statistics.fmean(ranks)))
     return found
 
 
@@ -88,7 +88,7 @@ def arm_row(arm: str, rate: float | None, results: list[Result], reference: list
     losses = {result.seed: result.loss for result in finals}
     mean = interval(list(losses.values())) if all(map(math.isfinite, losses.values())) else Interval(math.inf, None, None)
     row |= {"loss": mean.mean, "loss_low": mean.low, "loss_high": mean.high, "perplexity": perplexity(mean.mean),
-            "tokens": finals[0].tokens, "seconds": plain.median(result.seconds for result in finals),
+            "tokens": finals[0].tokens, "seconds": statistics.median(result.seconds for result in finals),
             "peak_bytes": max((result.peak_bytes or 0 for result in finals)) or None, "trainable": finals[0].trainable}
     others = {result.seed: result.loss for result in reference}
     both = [seed for seed in losses if seed in others and math.isfinite(losses[seed] - others[seed])]
@@ -181,7 +181,7 @@ def plot_rates(plt, arms: Iterable[str], results: list[Result]):
         for result in results:
             if result.arm == arm and not result.final and math.isfinite(result.selection):
                 tried.setdefault(result.rate, []).append(result.selection)
-        points = [(rate, plain.fmean(losses)) for rate, losses in sorted(tried.items())]
+        points = [(rate, statistics.fmean(losses)) for rate, losses in sorted(tried.items())]
         if points:
             axis.plot(*zip(*points), "o-", color=f"C{number}", markersize=4, linewidth=1, label=arm)
             axis.plot(*min(points, key=lambda point: point[1]), "o", color=f"C{number}", markersize=9, markerfacecolor="none")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from instruments.statistics import interval, paired_difference
+from instruments.intervals import interval, paired_difference
 
 RNG = np.random.default_rng(0)
 
