@@ -95,21 +95,23 @@ class Plan:
 
     def words(self, job: Job) -> list[str]:
         """What train.py is told beside the base, later overrides in place of earlier ones."""
-        options = {"evaluation.val.max_rows": str(self.study.selection_rows)}
-        for word in [*self.study.overrides, *self.arms[job.arm].overrides]:
-            key, _, value = word.partition("=")
-            options[key] = value
-        options |= {RATE: f"{job.rate:g}", SEED: str(job.seed), "checkpointing.run_name": job.name,
-                    "checkpointing.runs_dir": str(self.out / job.arm)}
+        options = self._options(job.arm) | {
+            RATE: f"{job.rate:g}", SEED: str(job.seed), "checkpointing.run_name": job.name,
+            "checkpointing.runs_dir": str(self.out / job.arm)}
         if self.study.vary == "data":
-            options[FIRST_ROW] = str(self._first_row(job, options))
+            options[FIRST_ROW] = str(self._first_row(job.seed))
         return [f"{key}={value}" for key, value in options.items()]
 
-    def _first_row(self, job: Job, options: dict[str, str]) -> int:
-        """Behind the rows of the seeds before: as many as a whole run takes, for each."""
-        cfg = load_config(self.base, [f"{key}={value}" for key, value in options.items()])
+    def _options(self, arm: str) -> dict[str, str]:
+        """{option: value} of an arm's every run."""
+        words = [word.partition("=") for word in [*self.study.overrides, *self.arms[arm].overrides]]
+        return {"evaluation.val.max_rows": str(self.study.selection_rows)} | {key: value for key, _, value in words}
+
+    def _first_row(self, seed: int) -> int:
+        """Behind the rows of the seeds before, the same for every arm: as many for each as the longest arm's whole run takes."""
         seeds = [*self.study.sweep_seeds, *self.study.seeds]
-        return seeds.index(job.seed) * cfg.data.dataloader.batch_size * cfg.last_step
+        arms = [load_config(self.base, [f"{key}={value}" for key, value in self._options(arm).items()]) for arm in self.arms]
+        return seeds.index(seed) * max(cfg.data.dataloader.batch_size * cfg.last_step for cfg in arms)
 
     def config(self, job: Job) -> Config:
         return load_config(self.base, self.words(job))

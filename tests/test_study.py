@@ -70,6 +70,8 @@ def test_seeds_begin_at_rows_of_their_own_where_data_varies(tmp_path):
     plan = Plan(write(tmp_path, vary="data"))
     first = [plan.config(Job("relora", 0.01, seed, True)).data.dataloader.first_row for seed in (0, 1, 2)]
     assert first == [0, 80, 160]  # 10 steps of 8 rows each
+    shorter = Plan(write(tmp_path, vary="data", arms=ARMS | {"short": ["training.stop_at_step=4"]}))
+    assert [shorter.config(Job(arm, 0.01, 2, True)).data.dataloader.first_row for arm in shorter.arms] == [160] * 3  # paired
     assert Plan(write(tmp_path)).config(Job("relora", 0.01, 2, True)).data.dataloader.first_row == 0
 
 
