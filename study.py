@@ -13,11 +13,9 @@ command goes on.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -33,7 +31,7 @@ import torch
 from config import ConfigError, UserError, load_config
 from config.study import ROOT, Job, Plan
 from instruments import verdict
-from runtime import files
+from runtime import dist, files, machine
 from runtime.command import Parser, command, number
 from runtime.errors import Ending
 from runtime.log import log
@@ -125,11 +123,11 @@ class Worker:
         if self.device is not None:
             env["CUDA_VISIBLE_DEVICES"] = str(self.device)
         return subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], env=env, stdout=subprocess.DEVNULL,
-                                stderr=self.errors, preexec_fn=_die_with_parent if sys.platform == "linux" else None)
+                                stderr=self.errors, preexec_fn=_die_with_study if os.name == "posix" else None)
 
     def ended(self) -> bool:
         """Whether the run is over; raises UserError where it failed."""
-        self.peak = max(self.peak, _peak_bytes(self.process.pid))
+        self.peak = max(self.peak, machine.peak_memory(self.process.pid))
         code = self.process.poll()
         if code is None:
             return False
@@ -149,17 +147,9 @@ class Worker:
         return True
 
 
-def _die_with_parent() -> None:
-    """A study that is killed leaves no run behind that would go on in the folder of the next start (Linux)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _peak_bytes(pid: int) -> int:
-    """The most memory that a process has held so far; 0 where the system does not tell."""
-    try:
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
-    except (OSError, TypeError):
-        return 0
+def _die_with_study() -> None:
+    """A study that is killed leaves no run behind that would go on in the folder of the next start."""
+    dist.die_with_parent(signal.SIGTERM)
 
 
 def run_all(plan: Plan, jobs: int) -> dict[Job, verdict.Result]:
@@ -182,8 +172,9 @@ def run_all(plan: Plan, jobs: int) -> dict[Job, verdict.Result]:
                 workers.remove(worker)
                 seconds.append(time.monotonic() - worker.begun)
                 results[worker.job] = result_of(plan, worker.job) or _no_result(plan, worker.job)
-                left = (len(now) - 1 + later) * sum(seconds) / len(seconds) / jobs
-                log.info(f"{plan.name}: {len(results)} runs made, {len(now) - 1 + later} or more to come, about "
+                now, later = wanted(plan, results)  # anew: two may have ended
+                left = (len(now) + later) * sum(seconds) / len(seconds) / jobs
+                log.info(f"{plan.name}: {len(results)} runs made, {len(now) + later} or more to come, about "
                          f"{_duration(left)}; {worker.job.arm} {worker.job.name}: {_told(results[worker.job])}")
     finally:
         for worker in workers:
@@ -229,8 +220,7 @@ def main() -> None:
     plan = Plan(args.study, args.out)
     stop = signal.signal(signal.SIGTERM, _stopped)
     try:
-        places = torch.cuda.device_count() or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else "1")
-        results = _found(plan) if args.report else run_all(plan, args.jobs or places)
+        results = _found(plan) if args.report else run_all(plan, args.jobs or torch.cuda.device_count() or dist.cores())
     finally:
         signal.signal(signal.SIGTERM, stop)
     best = {arm: sweep_of(plan, arm, results)[1] for arm in plan.arms}
