@@ -75,6 +75,10 @@ class Replay:
                     log.warning(f"{error}; an older step is taken, if there is one")
         raise ConfigError(f"--steps: no whole training state at or before step {step} is left in {self.checkpoints}")
 
+    def holds_snapshot(self, step: int) -> bool:
+        folder = self.checkpoints / f"step_{step}"
+        return folder.exists() and manifest.holds(folder, self.options.learning_dynamics_dir)
+
     def check(self, state: train.TrainState) -> None:
         """Compare the losses since the last line of the record with what it says at this one."""
         if state.step % state.cfg.monitoring.logging.log_every_n_steps and state.step != state.cfg.last_step:
@@ -94,6 +98,8 @@ class Replay:
 def take_snapshot(state: train.TrainState, services: train.Services, replay: Replay, batch: list[tuple[int, Tensor]]) -> None:
     """As train.py's at this step, with the plain model where no checkpoint holds it."""
     cfg, folder = state.cfg.checkpointing, replay.checkpoints / f"step_{state.step}"
+    if dist.on_rank0(lambda: replay.holds_snapshot(state.step)):
+        return
     rows = {"train": services.dataset.batch(state.step, state.cfg.data.dataloader.batch_size), "val": services.val_rows}
     writers = snapshots.writers(state.model, state.optimizers, rows, cfg, services.tokenizer, state.device)
     tensors = checkpoint.gather_state(state.model, [])["model"]
@@ -213,8 +219,7 @@ def missing(replay: Replay, steps: list[int], wants_snapshot: bool, cfg: Config)
     if cfg.checkpointing.learning_dynamics is None:
         raise ConfigError("checkpointing.learning_dynamics: is null in this run, so that it says nothing of snapshots; use "
                           "--eval or --probe")
-    where = cfg.checkpointing.learning_dynamics_dir
-    left = [s for s in steps if not (f := replay.checkpoints / f"step_{s}").exists() or not manifest.holds(f, where)]
+    left = [step for step in steps if not replay.holds_snapshot(step)]
     if len(left) < len(steps):
         log.info(f"{len(steps) - len(left)} of {len(steps)} steps hold their snapshots already")
     return left

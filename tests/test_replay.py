@@ -93,6 +93,10 @@ def test_evaluations_and_probes(runs, tmp_path):
     result = json.loads((runs.folder / "probed/eval_results/step_6.json").read_text())["val"]["loss"]
     assert result == runs.metrics("dense", "eval/val_loss")[6]
     assert 6 not in runs.metrics("probed", "eval/val_loss")  # the record is not touched
+    manifest = (runs.folder / "probed/checkpoints/step_10/manifest.json").read_bytes()
+    again(runs, "probed", "10,11", "--eval")  # where a snapshot is already, it stays
+    assert (runs.folder / "probed/checkpoints/step_10/manifest.json").read_bytes() == manifest
+    same_snapshots(runs, "probed", "dense", [11])
     assert "no function probe" in again(runs, "probed", "6", "--probe", lab.ROOT / "sample.py", code=2)
 
 
