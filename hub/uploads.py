@@ -9,6 +9,7 @@ never written.
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
@@ -24,6 +25,7 @@ from hub.client import Refused, with_retries
 from hub.served import git_blob_id
 from runtime.log import log
 from runtime.manifest import MANIFEST
+from runtime.run_folder import objects
 
 COMMITS_PER_HOUR = 120  # the Hub allows about 128 a repository
 RESULTS = "Saving Evaluation Results"
@@ -79,8 +81,9 @@ def step_commits(run: Path, folder: Path, names: Iterable[str], cfg: Checkpointi
 def about(run: Path, step: int) -> dict[str, bytes]:
     """The record as far as `step`, and the model card."""
     record = run / "metrics.jsonl"
-    lines = record.read_bytes().splitlines(keepends=True) if record.is_file() else []
-    return {"metrics.jsonl": b"".join(lines), "README.md": model_card(run, step).encode()}
+    lines = objects(record.read_bytes()) if record.is_file() else []
+    text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+    return {"metrics.jsonl": text.encode(), "README.md": model_card(run, step).encode()}
 
 
 class Uploader:

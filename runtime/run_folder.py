@@ -171,7 +171,7 @@ class RunFolder:
     def check_no_record(self, save_every: int) -> None:
         """Raise UserError where a run without a checkpoint must once have had one. Every rank must call it."""
         def check() -> None:
-            trained = [line["step"] for line in _objects(self.metrics_path.read_bytes())] if self.metrics_path.exists() else []
+            trained = [line["step"] for line in objects(self.metrics_path.read_bytes())] if self.metrics_path.exists() else []
             if max(trained, default=0) - min(trained, default=0) > save_every:  # by then its first checkpoint was on the disk
                 raise UserError(f"{self.path}: holds the record of {max(trained)} steps, but no checkpoint; put its "
                                 f"{self.checkpointing.checkpoints_dir}/ back, choose another run_name, or delete metrics.jsonl "
@@ -188,10 +188,10 @@ class RunFolder:
 
     def _rewind(self, step: int, size: int, sha256: str | None) -> bool:
         text = self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
-        counted, after = text[:size], _objects(text[size:])
+        counted, after = text[:size], objects(text[size:])
         if len(counted) < size or sha256 not in (None, hashlib.sha256(counted).hexdigest()):
             aside = files.set_aside(self.metrics_path).name if text else "nothing"
-            kept = {json.dumps(line): line for line in _objects(text) if line["step"] <= step}
+            kept = {json.dumps(line): line for line in objects(text) if line["step"] <= step}
             counted = "".join(f"{line}\n" for line in kept).encode()
             log.warning(f"{self.metrics_path}: is not what the checkpoint of step {step} counted on (a disk that lost it?); kept "
                         f"as {aside}, and {len(kept)} of its lines taken over: the record before step {step} may have gaps")
@@ -200,7 +200,7 @@ class RunFolder:
         later = next((json.dumps(line) + "\n" for line in after if evaluates(line)), "")
         if counted + later.encode() != text:
             files.write_text(self.metrics_path, counted.decode() + later)
-        return bool(later) or any(map(evaluates, _objects(counted[-(1 << 16):])))
+        return bool(later) or any(map(evaluates, objects(counted[-(1 << 16):])))
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, and mirror it to W&B if that is on."""
@@ -298,7 +298,7 @@ def _being_written(staged: Path) -> bool:
     return False
 
 
-def _objects(text: bytes) -> list[dict[str, Any]]:
+def objects(text: bytes) -> list[dict[str, Any]]:
     """The JSON objects with a step that stand in lines of a record, whatever else does."""
     found = []
     for line in text.splitlines():
