@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,14 +26,6 @@ from relora import merge_and_reinit, reset_optimizer
 from runtime import kernels, machine
 from shards import write_shards
 from train import TrainState
-
-
-def peak_memory() -> int:
-    """Most bytes that this process has held. On Linux not from getrusage, which also knows who started us."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -154,7 +144,7 @@ def conversion(folder: Path, vocab_size: int) -> dict[str, float]:
     start = time.perf_counter()
     made = convert_parquet(folder / "rows.parquet", folder / "shard-00000.npy", vocab_size)
     took = time.perf_counter() - start
-    peak = peak_memory()
+    peak = machine.peak_memory()
     entry = shard_entry(folder / "shard-00000.npy", made.rows)
     write_index(folder, [entry], made.row_length, vocab_size, "random")
     dataset, batch = TokenDataset(folder.parent, folder.name), 64

@@ -60,8 +60,7 @@ def session(device: torch.device, hang_minutes: float = 30, patience_minutes: fl
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif local_world > 1:  # torchrun sets OMP_NUM_THREADS=1, which idles the cores of a laptop
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_world))
+        torch.set_num_threads(max(1, cores() // local_world))
     if "RANK" in os.environ:
         _die_with_torchrun()
         hang, patience = (datetime.timedelta(minutes=m) for m in (hang_minutes, hang_minutes + patience_minutes))
@@ -86,14 +85,21 @@ def derive_seed(*place: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _die_with_torchrun() -> None:
-    """Have Linux kill this worker when its torchrun dies, so that none trains on as an orphan.
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Raises UserError where it is dead already: its store, which is there before its workers are, does not answer.
-    """
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when the one that started it dies, so that none works on as an orphan."""
     if sys.platform == "linux":
         import ctypes
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def _die_with_torchrun() -> None:
+    """Raises UserError where it is dead already: its store, which is there before its workers are, does not answer."""
+    die_with_parent()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
