@@ -58,6 +58,7 @@ class Case:
     batch: int
     seq_len: int
     threads: int | None
+    words: tuple[str, ...] = ()  # options of ours
 
     @property
     def name(self) -> str:
@@ -73,7 +74,7 @@ def case_config(case: Case, more: Iterable[str] = ()) -> Config:
     if re.fullmatch(r"r\d+", case.mode):
         overrides += ["model.relora.target_modules=[attention, swiglu]", "model.relora.reset_frequency=2000",
                       f"model.relora.r={case.mode[1:]}", f"model.relora.lora_dropout={case.dropout}"]
-    return load_config(Path(__file__).parent / f"config/pico-decoder-{case.preset}.yaml", [*overrides, *more])
+    return load_config(Path(__file__).parent / f"config/pico-decoder-{case.preset}.yaml", [*overrides, *case.words, *more])
 
 
 # ---- in the process of a case ----------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def work(case: Case) -> None:
         if line.strip() == "end":
             break
         print(json.dumps([timing.seconds(step, device) for _ in range(int(line))]), flush=True)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else timing.peak_memory()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else machine.peak_memory()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parts = timing.breakdown(t, rows) if t is not None else {}
     print(json.dumps({"peak_bytes": peak, "flops_per_token": flops, "device": name, "seconds_of": parts,
@@ -268,6 +269,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4, help="turns of each case (default: 4)")
     parser.add_argument("--steps", type=int, default=3, help="steps a turn (default: 3)")
     parser.add_argument("--threads", type=int, help="CPU threads of each case (default: torch's)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="options of our cases, such as "
+                        "training.deterministic=false")
     parser.add_argument("--data", action="store_true", help="also measure conversion and delivery of a full-size shard")
     parser.add_argument("--attention", action="store_true", help="also compare attention backends")
     parser.add_argument("--recompilations", action="store_true", help="also count what merges make torch.compile do again")
@@ -302,7 +305,7 @@ def main() -> None:
         cases = []
         batch = SMALLER_BATCH.get(preset, args.batch) if args.everything else args.batch
         for compiled in (c == "on" for c in args.compile):
-            common = {"compile": compiled, "batch": batch, "seq_len": args.seq_len, "threads": args.threads}
+            common = {"compile": compiled, "batch": batch, "seq_len": args.seq_len, "threads": args.threads, "words": args.set}
             for mode in args.modes:
                 for dropout in args.dropout if mode != "full" else [0.0]:
                     cases.append(Case(preset, mode, dropout, **common))

@@ -29,7 +29,7 @@ from instruments import faults, forks, snapshots
 from model import PicoDecoder
 from optim import make_optimizers, set_learning_rate
 from relora import apply_relora, has_adapters, merge_and_reinit, merge_due, relora_layers, reset_optimizer
-from runtime import cpu_kernels, dist, machine, signals
+from runtime import dist, graphs, machine, signals
 from runtime.command import Parser, command
 from runtime.errors import Ending, TrainingError
 from runtime.log import log
@@ -53,6 +53,7 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     progress: Progress  # sums behind the next log line, merges so far and where the latest was
     step: int = 0
+    graph: graphs.Graph | bool | None = None  # of a micro-batch, on a GPU; False: none can be made
 
 
 @dataclass
@@ -160,16 +161,19 @@ def train_step(state: TrainState, batch: list[tuple[int, Tensor]]) -> None:
 
 def accumulate(state: TrainState, batch: list[tuple[int, Tensor]]) -> Tensor:
     """Forward and backward of each micro-batch; the mean loss over all ranks."""
+    def forward_backward(rows: Tensor) -> Tensor:
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=state.precision == "bf16-mixed", cache_enabled=False):
+            micro_loss = state.wrapped(rows[:, :-1], rows[:, 1:]) / len(batch)
+        micro_loss.backward()
+        return micro_loss.detach()
+    state.graph = graphs.renewed(state.graph, state.cfg.training.cuda_graph, forward_backward, state.model, batch)
     loss = torch.zeros((), device=state.device)
     for number, (index, rows) in enumerate(batch):  # rows (micro, T + 1)
         if number:
             signals.stop_point()  # an unfinished update is dropped
         torch.manual_seed(dist.derive_seed(state.cfg.training.seed, state.step, index))  # of dropout
         with gradient_sync(state.wrapped, number == len(batch) - 1):  # around the forward too, or DDP reduces every time
-            with torch.autocast(state.device.type, torch.bfloat16, enabled=state.precision == "bf16-mixed"):
-                micro_loss = state.wrapped(rows[:, :-1], rows[:, 1:]) / len(batch)
-            micro_loss.backward()
-        loss += micro_loss.detach()
+            loss += state.graph(rows, number) if state.graph else forward_backward(rows)
     return dist.all_reduce_sum(loss) / dist.world_size()
 
 
@@ -193,10 +197,7 @@ def update(state: TrainState, loss: Tensor) -> None:
 def record_progress(state: TrainState, services: Services, batches: BatchLoader) -> None:
     """One line of metrics: means since the last line, over all tokens on all ranks."""
     cfg, window = state.cfg, state.progress.read(state.step)
-    if window.worst_in_a_row >= cfg.training.max_nonfinite_steps:
-        raise TrainingError(f"step {state.step}: {window.worst_in_a_row:.0f} updates in a row were skipped because loss or "
-                            f"gradient was not finite; set training.grad_clip=1.0, or lower training.optimization.lr "
-                            "under another run_name")
+    window.refuse_too_many_skipped(state.step, cfg.training.max_nonfinite_steps)
     rate = state.optimizers[0].param_groups[0]["lr"]
     metrics = window.metrics(state.step, cfg.data.dataloader.batch_size * cfg.model.max_seq_len, rate, batches.take_wait())
     speed = metrics["tokens_per_second"]
@@ -252,7 +253,7 @@ def probe(state: TrainState, services: Services) -> tuple[Tensor, float]:
 
 def begin_relora(state: TrainState) -> None:
     """End a warm start: freeze the targets and add adapters. What is wrapped changes, so all is built again."""
-    whole = checkpoint.gather_state(state.model, state.optimizers, everywhere=True)
+    whole, state.graph = checkpoint.gather_state(state.model, state.optimizers, everywhere=True), None
     state.model, state.wrapped, state.optimizers = build(state.cfg, state.device, True, whole["model"], whole["optimizer"])
     log.info(f"step {state.step}: the warm start is over; {state.model.num_parameters(trainable_only=True):,} of "
              f"{state.model.num_parameters():,} parameters train from here on")
@@ -377,8 +378,7 @@ def build(cfg: Config, device: torch.device, adapters: bool, weights: dict[str, 
           optimizer_state: dict[str, dict] | None = None) -> tuple[PicoDecoder, nn.Module, list[torch.optim.Optimizer]]:
     """(model, wrapped, optimizers); `weights` with adapters go in after these are made, plain ones before."""
     torch.manual_seed(cfg.training.seed)
-    if device.type == "cpu" and cfg.model.fast_paths:
-        cpu_kernels.keep_freed_memory()
+    machine.prepare(device, cfg.model.fast_paths, cfg.training.deterministic)
     model = PicoDecoder(cfg.model)
     plain = weights is not None and not has_adapters(weights)
     if plain:

@@ -29,10 +29,11 @@ for _module in Path(__file__).parent.parent.glob("*.py"):  # this is the first i
               f"sets belong in corpora/: rename the folder, or delete its __init__.py", file=sys.stderr)
         raise SystemExit(2)
 
-# OpenMP's threads spin for milliseconds where they wait for each other; beside another busy program they then keep the very core
-# that the awaited one needs, and training is ten times slower. Read when torch is loaded (GNU's OpenMP, Linux).
+# OpenMP's threads spin for milliseconds where they wait for each other; beside other busy programs they then keep the very core
+# that the awaited one needs (docs/performance.md has figures). Read when torch is loaded (GNU's OpenMP, Linux).
 if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "10000"  # as good as endless between the operations of a step, a fraction of a time slice
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for training.deterministic, read before the first product on CUDA
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -150,6 +151,8 @@ class TrainingConfig:
     micro_batch_size: int | None = None  # (ours) rows a forward, in place of gradient_accumulation_steps
     grad_clip: float | None = None  # (ours) largest gradient norm; the published runs do not clip
     compile: bool | None = None  # (ours) torch.compile each block; null: on CUDA, where it pays
+    cuda_graph: bool | None = None  # (ours) one GPU: start all kernels of a micro-batch at once; null: where blocks are compiled
+    deterministic: bool = True  # (ours) on CUDA: the same bits each time, as on CPUs; false: faster attention
     start_from: str | None = None  # (ours) a run, step or Llama folder to take weights from: Lialin's other warm start
     fork_from: str | None = None  # (ours) a run or step folder whose whole state, moments and position too, this run begins with
     hang_timeout_minutes: float = option(30, most=1e6)  # (ours) a rank silent for so long shows where it hangs, and ends the run

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 _FOLDERS = ("checkpoints_dir", "logs_dir", "fabric_checkpoint_dir", "fabric_checkpoint_filename", "learning_dynamics_dir",
             "evaluation.eval_results_dir")  # names inside of a run, and no paths out of it
-_CHANGE_ROUNDING = ("training.strategy", "training.compile", "model.fast_paths", "training.fabric.precision")
+_CHANGE_ROUNDING = ("training.strategy", "training.compile", "training.deterministic", "model.fast_paths",
+                    "training.fabric.precision")
 _CHANGE_RESULTS = ("training.grad_clip", "training.max_steps")
 
 

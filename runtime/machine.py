@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from config import ConfigError, UserError, flat
-from runtime import dist
+from runtime import cpu_kernels, dist
 from runtime.errors import TrainingError
 from runtime.log import log
 
@@ -102,10 +104,39 @@ def choose_compile(wanted: bool | None, device: torch.device) -> bool:
     return not missing
 
 
+def prepare(device: torch.device, fast_paths: bool, deterministic: bool) -> None:
+    """Set this process's torch to train on a device: memory that is kept, kernels that give the same bits each time.
+
+    CPUs have no others. On CUDA the fastest attention adds up its gradients in whatever order they are ready; where not
+    `deterministic`, it may. (cuBLAS is told in config/, since it reads the environment before its first product.)
+    """
+    if device.type == "cpu" and fast_paths:
+        cpu_kernels.keep_freed_memory()
+    elif device.type == "cuda":
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # for a search for bugs, and slow
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Operations a second that the GPU's maker names for dense bf16, where it is known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(pid: int | None = None) -> int:
+    """Most bytes that a process, this one or another, has held; 0 where the system does not tell.
+
+    On Linux not from getrusage, which also knows who started us.
+    """
+    status = Path(f"/proc/{pid or 'self'}/status")
+    try:
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    except (OSError, TypeError):  # another system, or a process that has ended
+        pass
+    if pid is not None:
+        return 0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- equal ranks -----------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.errors import TrainingError
+
 
 def perplexity(loss: float | None) -> float | None:
     return None if loss is None else math.exp(min(loss, 700.0))  # e^710 overflows
@@ -31,6 +33,13 @@ class Window(NamedTuple):
                 "trainer/learning_rate": rate, "trainer/grad_norm": self.grad_norm,
                 "trainer/inf_or_nan_count": int(self.bad_steps), "tokens": step * tokens,
                 "tokens_per_second": self.steps * tokens / self.seconds, "data/wait_fraction": waited / self.seconds}
+
+    def refuse_too_many_skipped(self, step: int, limit: int) -> None:
+        """Raise TrainingError where `limit` updates in a row were skipped."""
+        if self.worst_in_a_row >= limit:
+            raise TrainingError(f"step {step}: {self.worst_in_a_row:.0f} updates in a row were skipped because loss or gradient "
+                                "was not finite; set training.grad_clip=1.0, or lower training.optimization.lr under another "
+                                "run_name")
 
 
 class Progress:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import TrainingConfig
-from runtime import dist
+from runtime import dist, kernels
 from runtime.machine import choose_compile
 
 
@@ -25,8 +26,10 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], cfg: TrainingConf
     chunked loss.
     """
     if choose_compile(cfg.compile, device):
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # what is looked at in float32 is meant to be exact
         for block in blocks:
             block.compile()
+        kernels.compile_loss()
     if dist.world_size() == 1:
         return model
     if cfg.strategy != "fsdp":
@@ -63,9 +66,13 @@ def gradient_sync(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextM
     return contextlib.nullcontext()
 
 
+def is_compiled(model: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
     """Inside, compiled blocks run as they are written: rows of another length would have them compiled again, for any."""
-    if any(module._compiled_call_impl is not None for module in model.modules()):
+    if is_compiled(model):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()  # set_stance imports all of the compiler, which takes seconds
 
