@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from config.study import Plan
-from instruments.statistics import interval
+from instruments.intervals import interval
 
 # ---- exercise 1 --------------------------------------------------------------------------------------------------
 
