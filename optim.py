@@ -111,6 +111,8 @@ def sgd(parameters: Parameters, cfg: OptimizationConfig) -> list[torch.optim.Opt
 
 def muon(parameters: Parameters, cfg: OptimizationConfig) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the blocks' matrices, in bf16; AdamW for the rest."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f"training.optimization.optimizer: muon needs torch 2.9, and this is {torch.__version__}; use adamw")
     matrices = {n: p for n, p in parameters.items() if p.dim() == 2 and n.startswith("layers.")}
     optimizers = adamw({n: p for n, p in parameters.items() if n not in matrices}, cfg)
     if matrices:  # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both

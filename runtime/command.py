@@ -12,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from config import UserError
 from runtime import dist
 from runtime.errors import BAD_PATH, FULL, Ending
 from runtime.log import printable, start_logging
 
 SECOND_THOUGHT_SECONDS = 3.0
+OLDEST_TORCH = (2, 6)  # earlier ones have no nn.utils.get_total_norm
 TOKENS = ("HF_TOKEN", "WANDB_API_KEY")  # secrets, which no file of a run ever holds
 
 
@@ -60,10 +63,18 @@ def read_tokens(path: Path) -> None:
             os.environ.setdefault(name.strip(), value.strip().strip("\"'"))
 
 
+def check_torch(version: str) -> None:
+    """Raise UserError where torch is older than what this is written for."""
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
+        raise UserError(f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}, the oldest that this works with; "
+                        "pip install -r requirements.txt")
+
+
 def command(main: Callable[[], int | None]) -> None:
     """Run a command's `main`: what the user can fix is one line, and exit code 2."""
     try:
         start_logging()
+        check_torch(torch.__version__)
         read_tokens(Path(__file__).parent.parent / ".env")
         sys.exit(main() or 0)
     except Ending as error:  # all ranks end together

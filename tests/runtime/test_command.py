@@ -5,7 +5,7 @@ import os
 import pytest
 
 from config import UserError
-from runtime.command import Parser, number, read_tokens
+from runtime.command import Parser, check_torch, number, read_tokens
 from runtime.log import printable
 
 
@@ -22,6 +22,17 @@ def test_a_mistake_is_one_line_that_names_what_was_wrong_and_the_help(words, tol
     with pytest.raises(UserError) as caught:
         parser.parse_args(words)
     assert told in str(caught.value) and "(see python thing.py --help)" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["2.5.1+cpu", "1.13.0", "2.0"])
+def test_a_torch_that_is_too_old_is_named_with_the_one_that_is_not(version):
+    with pytest.raises(UserError, match=rf"torch {version.split('+')[0]}.* is older than 2\.6"):
+        check_torch(version)
+
+
+def test_newer_torches_are_taken():
+    for version in ("2.6.0", "2.13.0+cpu", "2.15.0a0+git1234567", "3.0"):
+        check_torch(version)
 
 
 def test_tokens_come_from_a_file_beside_the_code_and_nothing_else_does(tmp_path, monkeypatch):
