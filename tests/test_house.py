@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -244,3 +245,11 @@ def test_a_run_of_unedited_code_says_so_when_edited_code_reads_it(dataset, tmp_p
                                                     ("if self.fast and", "if False and")]})
     told, errors = in_turn(bent, ["train.py", config, "checkpointing.run_name=bent"])
     assert told[0][1].strip() == "2" and "forward and effective_weight() differ" in errors and not (runs / "bent").exists()
+
+
+@pytest.mark.parametrize("page", ["SECURITY.md", "docs/faults.md"])
+def test_every_test_that_a_page_names_is_there(page):
+    tests = {path.name: path.read_text() for path in (lab.ROOT / "tests").rglob("test_*.py")}
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(tests.values()), re.MULTILINE))
+    named = re.findall(r"`(test_\w+(?:\.py)?)`", (lab.ROOT / page).read_text())
+    assert len(named) > 10 and set(named) <= defined | tests.keys(), set(named) - defined - tests.keys()
