@@ -1,4 +1,4 @@
-"""The record of a run, metrics.jsonl, as curves."""
+"""The record of a run: metrics.jsonl as curves, fork.json as a sentence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from config import UserError
+from config.reading import show
+from hub.folders import read_json
 from runtime.files import read_text
 from runtime.log import log
 
@@ -40,6 +43,19 @@ def training_record(run: Path) -> Curves:
         log.warning(f"{path}: line {wrong[0]} is no JSON object with a step, and is left out"
                     + (f", as are {len(wrong) - 1} others" if wrong[1:] else ""))
     return found
+
+
+def fork_of(run: Path) -> str:
+    """What fork.json tells of a run that began with another one's state, as a sentence; empty where there is none."""
+    if not (run / "fork.json").is_file():
+        return ""
+    try:
+        told = read_json(run / "fork.json")
+        changes = "; ".join(f"{key} {show(old)} -> {show(new)}" for key, (old, new) in told["changes"].items()) or "nothing"
+        return f" Forked from {Path(told['from']).name} at step {show(told['step'])}; changed: {changes}."
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        log.warning(f"{run}/fork.json: does not tell what a fork is of, and is left out")
+        return ""
 
 
 def _told(line: str) -> dict[str, Any] | None:

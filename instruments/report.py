@@ -22,7 +22,7 @@ from instruments.landscape import Point, barrier
 from instruments.panels import COLUMN, Panels, alone, sheet
 from instruments.plots import (CHAPTERS, CIRCUIT, LABELS, RANKS, Line, axis_label, curves, layer_lines, part_of, plot_heat,
                                plot_losses, plot_path, plot_spectra, plot_training, pyplot, run_line)
-from instruments.record import Curves, training_record
+from instruments.record import Curves, fork_of, training_record
 from instruments.results import Results, table_text
 from instruments.similarity import MEASURES, PAIRED
 from runtime.log import printable
@@ -186,7 +186,7 @@ def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: lis
     def shown(data: str, metric: str, bounds: dict = {}) -> Panels:
         lines = {part: layer_lines(plt, layers, metric, depth) for part, layers in curves(rows, data, metric).items()}
         return Panels(data, metric, axis_label(rows, data, metric), lines, bounds, tuple(merges))
-    page.chapter("Training", run_summary(config, rows), page.picture("training", plot_training(plt, run.name, record, rates)))
+    page.chapter("Training", run_summary(config, rows) + fork_of(run), page.picture("training", plot_training(plt, run.name, record, rates)))
     start, bounds = "updates since the start", rank_bounds(config, rows, merges)
     page.chapter("Does the rank of the update grow?", "Effective weight minus that of the first snapshot. Dotted: merges; "
                  "dashed: r for each cycle so far, up to the layer's size.",
