@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from config import UserError
 from instruments.components import AGAINST, Row, layer_of
+from instruments.intervals import Interval, interval
 from instruments.landscape import Point
 from instruments.record import Curves
 from instruments.similarity import MEASURES, PAIRED
@@ -256,4 +257,38 @@ def plot_path(plt, points: list[Point]):
     axis.plot([0, 1], [points[0].loss, points[-1].loss], "--", color="0.45", linewidth=1, label="between the ends")
     axis.set(xlabel="share of the second checkpoint", ylabel="loss (nats a token)")
     axis.legend()
+    return figure
+
+
+# ---- several seeds of an arm -------------------------------------------------------------------------------------------
+
+def bands(runs: Iterable[list[tuple[int, float]]]) -> list[tuple[int, Interval]]:
+    """[(step, mean and interval over the runs)] of the steps that all of them have."""
+    runs = [dict(points) for points in runs if points]
+    shared = sorted(set.intersection(*map(set, runs))) if runs else []
+    return [(step, interval([points[step] for points in runs])) for step in shared]
+
+
+def draw_band(axis, points: list[tuple[int, Interval]], colour: str, label: str) -> None:
+    if not points:
+        return
+    steps, spans = zip(*points)
+    axis.plot(steps, [span.mean for span in spans], color=colour, linewidth=1.2, label=label)
+    if all(span.low is not None for span in spans):
+        axis.fill_between(steps, [span.low for span in spans], [span.high for span in spans], color=colour, alpha=0.2)
+
+
+def plot_bands(plt, found: dict[str, list[tuple[int, Interval]]], label: str, log: bool = False):
+    if not any(found.values()):
+        return None
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for number, (arm, points) in enumerate(found.items()):
+        draw_band(axis, points, f"C{number}", arm)
+    axis.set_ylabel(label)
+    if log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:.3g}")
+    over_steps(axis)
+    axis.legend(fontsize=8)
     return figure

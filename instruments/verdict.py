@@ -13,7 +13,7 @@ from checkpoint import read_state, step_folders
 from hub.llama import load_plain
 from instruments import measures
 from instruments.intervals import LEVEL, Interval, interval, paired_difference
-from instruments.plots import over_steps, pyplot
+from instruments.plots import bands, plot_bands, pyplot
 from instruments.record import training_record
 from instruments.report import Page, table
 from instruments.results import Results, table_text
@@ -124,38 +124,6 @@ def as_text(head: list[str], lines: list[list[str]]) -> str:
 
 
 # ---- the figures -------------------------------------------------------------------------------------------------------
-
-def bands(runs: Iterable[list[tuple[int, float]]]) -> list[tuple[int, Interval]]:
-    """[(step, mean and interval over the runs)] of the steps that all of them have."""
-    runs = [dict(points) for points in runs if points]
-    shared = sorted(set.intersection(*map(set, runs))) if runs else []
-    return [(step, interval([points[step] for points in runs])) for step in shared]
-
-
-def draw_band(axis, points: list[tuple[int, Interval]], colour: str, label: str) -> None:
-    if not points:
-        return
-    steps, spans = zip(*points)
-    axis.plot(steps, [span.mean for span in spans], color=colour, linewidth=1.2, label=label)
-    if all(span.low is not None for span in spans):
-        axis.fill_between(steps, [span.low for span in spans], [span.high for span in spans], color=colour, alpha=0.2)
-
-
-def plot_bands(plt, found: dict[str, list[tuple[int, Interval]]], label: str, log: bool = False):
-    if not any(found.values()):
-        return None
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for number, (arm, points) in enumerate(found.items()):
-        draw_band(axis, points, f"C{number}", arm)
-    axis.set_ylabel(label)
-    if log:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:.3g}")
-    over_steps(axis)
-    axis.legend(fontsize=8)
-    return figure
-
 
 def plot_losses(plt, rows: list[dict[str, Any]], finals: list[Result]):
     """Each arm's mean with its interval, and its runs as points."""
