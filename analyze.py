@@ -3,7 +3,7 @@
     python analyze.py runs/demo                          # everything, into runs/demo/analysis: JSON, CSV, PNG, report.html
     python analyze.py runs/demo --since 150              # also the updates since that step's snapshot
     python analyze.py runs/tiny --config demo.yaml       # a YAML file of pico-analyze, unchanged
-    python analyze.py compare runs/full runs/relora      # several runs over steps, tokens and time
+    python analyze.py compare runs/full runs/relora      # several runs over steps, tokens and time; seeds of an arm as one
     python analyze.py runs/relora --against runs/full    # also how alike their activations are at the same steps
     python analyze.py path runs/full runs/relora         # loss along the straight line between two checkpoints
     python analyze.py --list                             # the measures, each with its definition
@@ -29,7 +29,7 @@ import torch
 import yaml
 
 from config import ConfigError, config_from_dict
-from config.reading import show
+from config.reading import flat, show
 from data import TokenDataset
 from hub.folders import resolve
 from instruments import report
@@ -44,6 +44,7 @@ from optim import learning_rate_multiplier
 from runtime.command import Parser, command, number
 from runtime.log import log, printable
 
+OF_A_SEED = ("training.seed", "data.dataloader.first_row", "checkpointing.run_name", "checkpointing.runs_dir")  # no arm's own
 PATH_ROWS = 64  # token rows that a loss along a line is measured on
 DEFAULT = [
     Request(list(SINGLE), "updates"), Request(list(SINGLE), "weights"), Request(list(SINGLE), "gradients", "train"),
@@ -126,8 +127,23 @@ def compare(runs: dict[str, Snapshots], plan: Plan, out: Path, device: torch.dev
     results = Results(out, chosen=True)
     tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis", device) for label, run in runs.items()}
     write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], results)
-    page = report.write_comparison({label: run.path for label, run in runs.items()}, tables, results, panels)
+    page = report.write_comparison({label: run.path for label, run in runs.items()}, tables, arms(runs), results, panels)
     print(printable(f"open {page}"))
+
+
+def arms(runs: dict[str, Snapshots]) -> dict[str, list[str]]:
+    """Runs that differ in nothing but their seed, together, under the name of the folder that they share."""
+    alike: dict[str, list[str]] = {}
+    for label, run in runs.items():
+        told = {key: value for key, value in flat(run.config).items() if key not in OF_A_SEED}
+        alike.setdefault(repr(sorted(told.items(), key=repr)), []).append(label)
+    found = {}
+    for labels in alike.values():
+        folders = {runs[label].path.resolve().parent.name for label in labels}
+        name = folders.pop() if len(labels) > 1 and len(folders) == 1 else labels[0]
+        name = labels[0] if name in found else name
+        found[name if len(labels) == 1 else f"{name}, {len(labels)} seeds"] = labels
+    return found
 
 
 def labelled(paths: list[Path]) -> dict[str, Path]:

@@ -16,16 +16,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from config import UserError
 from config.reading import show
 from instruments.components import Row, layer_of
 from instruments.landscape import Point, barrier
 from instruments.panels import COLUMN, Panels, alone, sheet
-from instruments.plots import (CHAPTERS, CIRCUIT, LABELS, RANKS, Line, axis_label, curves, layer_lines, part_of, plot_heat,
-                               plot_losses, plot_path, plot_spectra, plot_training, pyplot, run_line)
+from instruments.plots import (CHAPTERS, CIRCUIT, LABELS, RANKS, Line, axis_label, bands, curves, layer_lines, part_of,
+                               plot_bands, plot_heat, plot_losses, plot_path, plot_spectra, plot_training, pyplot, run_line)
 from instruments.record import Curves, fork_of, training_record
 from instruments.results import Results, table_text
 from instruments.similarity import MEASURES, PAIRED
-from runtime.log import printable
+from runtime.log import log, printable
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
 figure{margin:1em 0 2em}figcaption,.note{color:#555}table{border-collapse:collapse;font-size:13px;margin:1em 0}
@@ -233,19 +234,35 @@ def mean_at_end(rows: list[Row], data: str, metric: str) -> Any:
     return statistics.fmean(r["value"] for r in chosen if r["step"] == last) if chosen else ""
 
 
-def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], results: Results,
+def loss_bands(plt, arms: dict[str, list[Curves]]):
+    try:
+        found = {arm: bands(record["train/loss"] for record in records) for arm, records in arms.items()}
+    except UserError as error:  # scipy is not installed, which all the rest works without
+        log.warning(f"{error}; the page does without intervals")
+        return None
+    return plot_bands(plt, found, "training loss (nats a token, log scale)", log=True)
+
+
+def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], arms: dict[str, list[str]], results: Results,
                      panels: bool = False) -> Path:
-    """Overlay several runs' analyses, lines means over layers and shades their range; returns the page."""
+    """Overlay several runs' analyses; returns the page. Runs of one of the `arms` {its name: runs} are drawn as one.
+
+    Lines are means over layers and runs, and shades their range; the losses' shades are intervals of the mean.
+    """
     plt = pyplot()
     page = Page(plt, "Runs compared: " + ", ".join(runs), results, panels)
     records = {name: training_record(run) for name, run in runs.items()}
     page.chapter("Training", "Lines: training loss; markers: loss on held-out rows. Time leaves out evaluation and saving. Ranks "
                  "are means over the layers.", page.picture("loss", plot_losses(plt, records)), run_table(records, tables))
+    if len(arms) < len(runs):
+        page.chapter("Seeds", "Runs that differ in nothing but their seed are one arm: mean and 95 % interval (Student's t).",
+                     page.picture("arms", loss_bands(plt, {arm: [records[name] for name in arms[arm]] for arm in arms})))
     for data in dict.fromkeys([*CHAPTERS, *(row["data"] for rows in tables.values() for row in rows)]):
         found = []
         for metric in LABELS:
             parts: dict[str, list[Line]] = defaultdict(list)
-            for number, (name, rows) in enumerate(tables.items()):
+            for number, (name, names) in enumerate(arms.items()):
+                rows = [row for each in names for row in tables[each]]
                 for part, layers in curves(rows, data, metric).items():
                     parts[part].append(run_line(name, f"C{number}", layers, metric))
             label = f"{LABELS[metric]} with the last step" if metric in PAIRED else LABELS[metric]

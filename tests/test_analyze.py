@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 
 import numpy as np
@@ -228,6 +229,34 @@ def test_tables_and_the_page_are_complete_and_self_contained(runs):
     page = re.sub(r"base64,[^\"]*", "", page)
     assert "PER" not in page and "heat_per" not in page and "participation ratio" in page
     assert "the matrix is zero" in page, "why a value is undefined"
+
+
+def test_seeds_of_an_arm_are_drawn_as_one_with_an_interval(dataset, tmp_path, said, monkeypatch):
+    paths = []
+    for number, (arm, words) in enumerate([("low", ()), ("low", ("training.seed=2",)), ("low", ("training.seed=3",)),
+                                           ("high", ("training.optimization.lr=0.02",))]):
+        config = lab.write_config(tmp_path / "c.yaml", lab.tiny_tree(dataset, tmp_path / arm, f"run-{number}"))
+        lab.call("train.py", config, "training.stop_at_step=15", *words)
+        paths.append(tmp_path / arm / f"run-{number}")
+    (tmp_path / "asked.yaml").write_text(REQUEST.format(**ASKED))
+    words = ("compare", *paths, "--config", tmp_path / "asked.yaml", "--out")
+    lab.call("analyze.py", *words, tmp_path / "both")
+    page, [table] = (tmp_path / "both/report.html").read_text(), (tmp_path / "both/figures").glob("weights*.csv")
+    with open(table) as file:
+        drawn = list(csv.DictReader(file))
+    assert "Seeds" in page and {row["line"] for row in drawn} == {"low, 3 seeds", "run-3"}
+    each = [row["value"] for row in rows(tmp_path / "both")
+            if row["step"] == 15 and row["run"] != "run-3" and row["metric"] == "norm_frobenius"]
+    last = next(row for row in drawn if row["line"] == "low, 3 seeds" and row["step"] == "15")
+    assert len(each) == 3
+    assert (float(last["least"]), float(last["largest"])) == pytest.approx((min(each), max(each)), rel=1e-6)
+    curve = dict(plots.bands(training_record(path)["train/loss"] for path in paths[:3]))[15]
+    losses = [lab.metrics(path)[15] for path in paths[:3]]
+    assert curve.mean == pytest.approx(np.mean(losses))
+    assert curve.high - curve.mean == pytest.approx(4.302653 * np.std(losses, ddof=1) / 3 ** 0.5, rel=1e-5)  # t of 2 degrees
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    lab.call("analyze.py", *words, tmp_path / "without")
+    assert any("does without intervals" in line for line in said) and (tmp_path / "without/report.html").is_file()
 
 
 def test_runs_are_compared(runs, tmp_path):

@@ -42,13 +42,15 @@ def test_a_record_that_is_no_text_or_no_file_is_said(tmp_path, said):
 
 def test_a_fork_is_told_in_a_sentence(tmp_path, said):
     assert fork_of(tmp_path) == ""
-    (tmp_path / "fork.json").write_text('{"from": "/runs/whole", "step": 10, "changes": {"training.optimization.lr": [0.01, 0.005]}}')
+    (tmp_path / "fork.json").write_text('{"from": "/runs/whole", "step": 10, '
+                                        '"changes": {"training.optimization.lr": [0.01, 0.005]}}')
     assert fork_of(tmp_path) == " Forked from whole at step 10; changed: training.optimization.lr 0.01 -> 0.005."
     (tmp_path / "fork.json").write_text('{"from": "/runs/whole", "step": 10, "changes": {}}')
     assert fork_of(tmp_path).endswith("changed: nothing.") and said == []
 
 
-@pytest.mark.parametrize("content", ["", "5", "{}", '{"from": 5, "step": 1, "changes": {}}', '{"from": "x", "step": 1, "changes": [1]}',
+@pytest.mark.parametrize("content", ["", "5", "{}", '{"from": 5, "step": 1, "changes": {}}',
+                                     '{"from": "x", "step": 1, "changes": [1]}',
                                      '{"from": "x", "step": 1, "changes": {"a": 5}}'])
 def test_a_fork_file_that_tells_nothing_of_the_kind_is_one_sentence(tmp_path, said, content):
     (tmp_path / "fork.json").write_text(content)
