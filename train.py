@@ -82,7 +82,7 @@ def train(cfg: Config, device: torch.device) -> None:
     machine.same_everywhere(to_dict(cfg))
     with signals.catching_signals(), folder.in_use():
         state, services = setup(cfg, device, folder)
-        with (dist.watched(cfg.training.hang_timeout_minutes), machine.memory_advice(micro),
+        with (dist.watched(cfg.training.hang_timeout_minutes), machine.advice(micro),
               BatchLoader(services.dataset, state.step, micro, accumulation, dist.rank(), dist.world_size(), device) as batches,
               contextlib.closing(services.dataset)):  # closed first, so that a waiting loader can stop
             signals.defer_signals()

@@ -188,7 +188,7 @@ def test_merges_recompile_nothing():
 
 def test_too_little_memory_ends_in_a_sentence():
     with pytest.raises(TrainingError, match="micro-batches of 64 rows; use training.micro_batch_size=32"):
-        with machine.memory_advice(64):
+        with machine.advice(64):
             torch.empty(1 << 50, device="cuda")
 
 

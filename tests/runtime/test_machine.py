@@ -9,6 +9,7 @@ import torch
 import lab
 from config import UserError
 from runtime import machine
+from runtime.errors import TrainingError
 
 
 @pytest.fixture
@@ -91,3 +92,22 @@ def test_a_single_python_inside_an_allocation_trains(dataset, tmp_path):
     env = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
     lab.run("train.py", path, "training.stop_at_step=1", env=env)
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 0 and "RANK" not in os.environ
+
+
+def test_an_operation_without_a_repeatable_form_is_named_with_the_option():
+    pooled, places = torch.nn.functional.max_pool2d(torch.randn(1, 1, 4, 4), 2, return_indices=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(TrainingError, match=r"max_unpooling2d\w+ is used.*set training.deterministic=false"), machine.advice(1):
+            torch.nn.functional.max_unpool2d(pooled, places, 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device, deterministic, expected", [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)])
+def test_only_a_gpu_is_asked_to_repeat_itself(device, deterministic, expected):
+    try:
+        machine.prepare(torch.device(device), False, deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
