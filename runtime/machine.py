@@ -161,8 +161,8 @@ def advice(rows: int) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if "does not have a deterministic implementation" in str(error):
-            raise TrainingError(f"{str(error).split()[0]} is used by the model, and has no form that gives the same bits each time; "
-                                "set training.deterministic=false, or use another operation") from None
+            raise TrainingError(f"{str(error).split()[0]} is used by the model, and has no form that gives the same bits each "
+                                "time; set training.deterministic=false, or use another operation") from None
         if not is_out_of_memory(error):
             raise
         fix = (f"use training.micro_batch_size={max(1, rows // 2)}: the global batch stays what it is" if rows > 1 else

@@ -98,7 +98,8 @@ def test_an_operation_without_a_repeatable_form_is_named_with_the_option():
     pooled, places = torch.nn.functional.max_pool2d(torch.randn(1, 1, 4, 4), 2, return_indices=True)
     torch.use_deterministic_algorithms(True)
     try:
-        with pytest.raises(TrainingError, match=r"max_unpooling2d\w+ is used.*set training.deterministic=false"), machine.advice(1):
+        told = r"max_unpooling2d\w+ is used.*set training.deterministic=false"
+        with pytest.raises(TrainingError, match=told), machine.advice(1):
             torch.nn.functional.max_unpool2d(pooled, places, 2)
     finally:
         torch.use_deterministic_algorithms(False)
