@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
@@ -31,9 +30,8 @@ import torch
 from config import ConfigError, UserError, load_config
 from config.study import ROOT, Job, Plan
 from instruments import verdict
-from runtime import dist, files, machine
+from runtime import dist, files, machine, signals
 from runtime.command import Parser, command, number
-from runtime.errors import Ending
 from runtime.log import log
 
 POLL_SECONDS = 0.2
@@ -168,6 +166,7 @@ def run_all(plan: Plan, jobs: int) -> dict[Job, verdict.Result]:
                 busy = [worker.device for worker in workers]
                 workers.append(Worker(plan, waiting.pop(0), min(devices, key=busy.count)))
             time.sleep(POLL_SECONDS)
+            signals.stop_point()
             for worker in [worker for worker in workers if worker.ended()]:
                 workers.remove(worker)
                 seconds.append(time.monotonic() - worker.begun)
@@ -218,17 +217,11 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="make no runs; the verdict on those that are there")
     args = parser.parse_args()
     plan = Plan(args.study, args.out)
-    stop = signal.signal(signal.SIGTERM, _stopped)
-    try:
+    with signals.catching_signals():
+        signals.defer_signals()  # an exception may come at a moment that has no place for one, and be lost
         results = _found(plan) if args.report else run_all(plan, args.jobs or torch.cuda.device_count() or dist.cores())
-    finally:
-        signal.signal(signal.SIGTERM, stop)
     best = {arm: sweep_of(plan, arm, results)[1] for arm in plan.arms}
     print(verdict.write(plan.name, plan.reference, best, list(results.values()), plan.out))
-
-
-def _stopped(number: int, frame: Any) -> None:
-    raise Ending(f"stopped by {signal.Signals(number).name}; the same command goes on", 75)
 
 
 if __name__ == "__main__":
