@@ -22,7 +22,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
@@ -132,16 +132,21 @@ def compare(runs: dict[str, Snapshots], plan: Plan, out: Path, device: torch.dev
 
 
 def arms(runs: dict[str, Snapshots]) -> dict[str, list[str]]:
-    """Runs that differ in nothing but their seed, together, under the name of the folder that they share."""
-    alike: dict[str, list[str]] = {}
+    """Runs that differ in their seed and in nothing else, together, under the name of the folder that they share."""
+    alike: dict[str, dict[Any, str]] = {}
     for label, run in runs.items():
-        told = {key: value for key, value in flat(run.config).items() if key not in OF_A_SEED}
-        alike.setdefault(repr(sorted(told.items(), key=repr)), []).append(label)
-    found = {}
-    for labels in alike.values():
+        options = flat(run.config)
+        told = repr(sorted(((key, value) for key, value in options.items() if key not in OF_A_SEED), key=repr))
+        seeds = alike.setdefault(told, {})
+        seed = repr([options.get(key) for key in OF_A_SEED[:2]])
+        if seed in seeds:  # a copy of a run is no second seed
+            alike[f"{label} {told}"] = {seed: label}
+        seeds.setdefault(seed, label)
+    found: dict[str, list[str]] = {}
+    for labels in map(list, map(dict.values, alike.values())):
         folders = {runs[label].path.resolve().parent.name for label in labels}
         name = folders.pop() if len(labels) > 1 and len(folders) == 1 else labels[0]
-        name = labels[0] if name in found else name
+        name = labels[0] if any(name == other.split(",")[0] for other in found) else name
         found[name if len(labels) == 1 else f"{name}, {len(labels)} seeds"] = labels
     return found
 

@@ -283,7 +283,7 @@ def plot_bands(plt, found: dict[str, list[tuple[int, Interval]]], label: str, lo
         return None
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for number, (arm, points) in enumerate(found.items()):
-        draw_band(axis, points, f"C{number}", arm)
+        draw_band(axis, points, f"C{number}", plain(arm))
     axis.set_ylabel(label)
     if log:
         axis.set_yscale("log")

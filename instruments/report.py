@@ -187,7 +187,8 @@ def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: lis
     def shown(data: str, metric: str, bounds: dict = {}) -> Panels:
         lines = {part: layer_lines(plt, layers, metric, depth) for part, layers in curves(rows, data, metric).items()}
         return Panels(data, metric, axis_label(rows, data, metric), lines, bounds, tuple(merges))
-    page.chapter("Training", run_summary(config, rows) + fork_of(run), page.picture("training", plot_training(plt, run.name, record, rates)))
+    page.chapter("Training", run_summary(config, rows) + fork_of(run),
+                 page.picture("training", plot_training(plt, run.name, record, rates)))
     start, bounds = "updates since the start", rank_bounds(config, rows, merges)
     page.chapter("Does the rank of the update grow?", "Effective weight minus that of the first snapshot. Dotted: merges; "
                  "dashed: r for each cycle so far, up to the layer's size.",
@@ -256,7 +257,7 @@ def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], arms: 
                  "are means over the layers.", page.picture("loss", plot_losses(plt, records)), run_table(records, tables))
     if len(arms) < len(runs):
         page.chapter("Seeds", "Runs that differ in nothing but their seed are one arm: mean and 95 % interval (Student's t).",
-                     page.picture("arms", loss_bands(plt, {arm: [records[name] for name in arms[arm]] for arm in arms})))
+                     page.picture("arms", loss_bands(plt, {a: [records[run] for run in of] for a, of in arms.items()})))
     for data in dict.fromkeys([*CHAPTERS, *(row["data"] for rows in tables.values() for row in rows)]):
         found = []
         for metric in LABELS:

@@ -259,6 +259,12 @@ def test_seeds_of_an_arm_are_drawn_as_one_with_an_interval(dataset, tmp_path, sa
     assert any("does without intervals" in line for line in said) and (tmp_path / "without/report.html").is_file()
 
 
+def test_a_copy_of_a_run_is_no_second_seed(runs, tmp_path):
+    shutil.copytree(runs / "full", tmp_path / "copy")
+    found = analyze.arms({"full": Snapshots(runs / "full"), "copy": Snapshots(tmp_path / "copy")})
+    assert sorted(map(sorted, found.values())) == [["copy"], ["full"]]
+
+
 def test_runs_are_compared(runs, tmp_path):
     (tmp_path / "few.yaml").write_text(FEW)
     words = ("--config", tmp_path / "few.yaml", "--out")
