@@ -7,6 +7,7 @@ content does. A folder is all files below it; of a `datasets.save_to_disk` folde
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -122,13 +123,27 @@ def kind_of(path: Path, column: str) -> str:
 
 def _kind_of_text(text: str, column: str) -> str:
     """JSON and tables are recognised, so that no braces are trained on."""
-    if re.match(r'\s*(\[\s*)?\{\s*"(?:[^"\\]|\\.)*"\s*:', text):
+    if _begins_as_json(text):
         return "json"
     for delimiter, kind in ((",", "csv"), ("\t", "tsv")):
         names = [name.strip('"\r') for name in text.partition("\n")[0].split(delimiter)]
         if len(names) > 1 and column in names and all(re.fullmatch(r"[\w.-]*", name) for name in names):
             return kind
     return "text"
+
+
+def _begins_as_json(text: str) -> bool:
+    """Whether a head of a file is an object, or the first of several: a piece of a program may begin with braces too."""
+    begin = re.match(r'\s*(\[\s*)?(?=\{\s*"(?:[^"\\]|\\.)*"\s*:)', text)
+    if begin is None:
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, begin.end())
+    except json.JSONDecodeError as error:  # one that goes on behind the head fails at its end, or as a string without an end
+        return error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
+    except RecursionError:
+        return True  # refused where it is read
+    return text[end:].lstrip()[:1] in (",", "]", "") if begin[1] else text[end:].lstrip()[:1] in ("{", "")
 
 
 def unpacked(raw: BinaryIO) -> BinaryIO:

@@ -125,7 +125,9 @@ JSON = '{"text": "x", "id": 1}\n{"text": "y"}\n'
 
 @pytest.mark.parametrize("name, content, kind", [
     ("a.txt", "plain {braces}", "text"), ("a", "", "text"), ("a.py", "x = {}", "text"), ("a.md", "# title", "text"),
-    ("a.txt", "a, b, text", "text"),
+    ("a.txt", "a, b, text", "text"), ("a.txt", '{\n  "a": 1,  # a piece of a program\n}\n' + "x" * 99, "text"),
+    ("a.md", JSON.partition("\n")[0] + "\nis a line of it", "text"), ("a", f"[{JSON}] and so on" + JSON, "text"),
+    ("a.txt", JSON[:10] + "x" * (1 << 16), "json"),
     ("a.TXT", "x", "text"), ("a.jsonl", JSON, "json"), ("a.json", f"[{JSON}]", "json"), ("a.ndjson", JSON, "json"),
     ("A.JSONL", JSON, "json"),
     ("a.txt", JSON, "json"), ("a", "\ufeff" + JSON, "json"), ("a.data", "[\n  {\n    \"te\\\"xt\": 1", "json"),
