@@ -172,6 +172,7 @@ class Setting:
         if rows.vocab_size > self.model.vocab_size:
             raise ConfigError(f"{key}: {name!r} holds ids up to {rows.vocab_size - 1}, and the model knows "
                               f"{self.model.vocab_size}; give rows of the model's own tokenizer, or null")
+        machine.same_data(key, rows.folder, rows.fingerprint)
         return rows
 
     def cut(self, rows: np.ndarray, longest: int, what: str) -> np.ndarray:

@@ -22,7 +22,7 @@ from hub.datasets import Source, exists, fetch, fetch_tokenizer, find, locate, n
 from hub.parquet import Converted
 from hub.shard_cache import ShardCache
 from hub.tokenizers import ByteTokenizer, load_tokenizer
-from runtime import dist
+from runtime import dist, machine
 from runtime.files import explain, host_name, process_name, staging_name
 from runtime.log import log, node_log
 
@@ -272,6 +272,7 @@ def open_dataset(data: DataConfig, model: ModelConfig, step: int, saved: dict[st
     some = min(len(dataset), 1 if isinstance(dataset, StreamedDataset) else 64)
     # fails on a bad shard before anything is written
     first = dataset.rows(dataset.first_row + step * data.dataloader.batch_size, some)
+    machine.same_data("data.dataset.name", dataset.folder, dataset.fingerprint)
     if saved and saved["fingerprint"] != dataset.fingerprint:
         raise ConfigError(f"data.dataset.name: {data.dataset.name} holds other tokens than the checkpoint was trained on; put "
                           f"the old ones back, or choose another checkpointing.run_name")

@@ -24,6 +24,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from config import UserError
+from runtime import meeting
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -31,6 +32,8 @@ LAUNCHER_SECONDS = 30  # for torchrun's store to answer
 
 _hosts: torch_dist.ProcessGroup | None = None  # for votes, which must not wait for a device
 _patient: torch_dist.ProcessGroup | None = None  # for objects: one rank may be downloading while the others wait
+_store: torch_dist.Store | None = None  # the launcher's, which lives through its restarts
+_heartbeat: meeting.Heartbeat | None = None
 _watched_seconds: float | None = None  # inside `watched`: how long a rank may stay silent
 
 
@@ -53,7 +56,7 @@ def session(device: torch.device, hang_minutes: float = 30, patience_minutes: fl
     A collective in which a rank is missing fails after hang_minutes; one that waits for another rank's result, such as
     a download at the start, after patience_minutes more.
     """
-    global _hosts, _patient
+    global _hosts, _patient, _store, _heartbeat
     if not faulthandler.is_enabled():
         faulthandler.enable(file=sys.__stderr__)  # a crash inside a library shows from where it was called
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -64,20 +67,48 @@ def session(device: torch.device, hang_minutes: float = 30, patience_minutes: fl
     if "RANK" in os.environ:
         _die_with_torchrun()
         hang, patience = (datetime.timedelta(minutes=m) for m in (hang_minutes, hang_minutes + patience_minutes))
-        store, _, _ = next(torch_dist.rendezvous("env://", timeout=hang))
-        # workers that torchrun restarts find the addresses of their dead predecessors in its store (torch 2.13)
-        store = torch_dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank(),
-                                      world_size=world_size(), timeout=hang)
-        _hosts = torch_dist.new_group(backend="gloo", timeout=hang)
-        _patient = torch_dist.new_group(backend="gloo", timeout=patience)
-    yield device
+        _store = torch_dist.PrefixStore(f"pico-{os.environ.get('TORCHELASTIC_RUN_ID', '')}", meeting.connect(hang))
+        name = meeting.meet(_store, rank(), world_size(), hang)
+        _heartbeat = meeting.Heartbeat(name, rank(), world_size())
+        # votes between hosts come first, and name who is missing; NCCL would end the process without a word
+        backend, longer = ("nccl", 2 * hang) if device.type == "cuda" else ("gloo", hang)
+        with naming_the_lost():
+            torch_dist.init_process_group(backend, store=torch_dist.PrefixStore(name, _store), rank=rank(),
+                                          world_size=world_size(), timeout=longer)
+            _hosts = torch_dist.new_group(backend="gloo", timeout=hang)
+            _patient = torch_dist.new_group(backend="gloo", timeout=patience)
+    with naming_the_lost():
+        yield device
     # Not after an error: the other ranks would notice, and print their errors before ours.
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
         # gloo's threads, which may hold the last reference to a tensor, must end before the interpreter does
         _hosts = _patient = None
         gc.collect()  # a DDP or FSDP2 model, in whatever cycle it is, refers to the group
+    if _heartbeat is not None:
+        _heartbeat.close()
+
+
+@contextlib.contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """Around work with other ranks: where it fails because one is gone, the error says which. Raises meeting.Lost."""
+    try:
+        yield
+    except Exception as error:
+        if _heartbeat is None or not meeting.is_broken(error):
+            raise
+        raise _heartbeat.lost() from None
+
+
+def at_step(step: int) -> None:
+    """Tell the others how far this rank is, should it fall silent."""
+    if _heartbeat is not None:
+        _heartbeat.step = step
+
+
+def settled(key: str, value: str) -> str:
+    """What the first of this job's processes to ask for `key` gave as its value, also where they were restarted since."""
+    return value if _store is None else _store.compare_set(key, "", value).decode()
 
 
 def derive_seed(*place: int | str) -> int:
@@ -141,6 +172,8 @@ def max_over_ranks(*values: int) -> list[int]:
     votes = torch.tensor(values, dtype=torch.int32)
     if _group():
         faulthandler.cancel_dump_traceback_later()  # from here on it is the others who are late
+        if _heartbeat is not None:
+            _heartbeat.votes += 1
         torch_dist.all_reduce(votes, torch_dist.ReduceOp.MAX, group=_hosts)
     if _watched_seconds is not None:
         faulthandler.dump_traceback_later(_watched_seconds, exit=True, file=sys.__stderr__)

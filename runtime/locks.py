@@ -44,8 +44,15 @@ class RunLock:
             else:
                 if taken_over:  # perhaps by two at once, of whom the later removed the lock of the first
                     time.sleep(TAKEOVER_SECONDS)
-                self.held = self.path.exists() and self.path.read_text(encoding="utf-8") == me
+                self.held = self.text() == me
         threading.Thread(target=self._beat, daemon=True).start()
+
+    def text(self) -> str | None:
+        """What the file holds: nothing if it is not there, None if even its folder is not."""
+        try:
+            return self.path.read_text(encoding="utf-8")
+        except OSError:
+            return "" if self.folder.is_dir() else None
 
     def _refuse_if_alive(self) -> None:
         holder = self._holder()

@@ -18,6 +18,7 @@ import torch
 from config import ConfigError, UserError, flat
 from runtime import cpu_kernels, dist
 from runtime.errors import TrainingError
+from runtime.files import host_name
 from runtime.log import log
 
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}  # by a part of the GPU's name
@@ -152,6 +153,15 @@ def same_everywhere(options: dict[str, Any]) -> None:
             if theirs.get(key) != value:
                 how = "is other code" if key in code else f"is {theirs.get(key)!r}, {value!r} on rank 0"
                 raise ConfigError(f"{key}: {how} on rank {rank}; start all ranks with the same words and the same code")
+
+
+def same_data(key: str, folder: Path, fingerprint: str) -> None:
+    """Raise ConfigError unless all ranks find the same rows in the dataset folder that the option `key` names."""
+    everyone = dist.all_gather_object((host_name(), fingerprint))
+    for rank, (host, theirs) in enumerate(everyone):
+        if theirs != everyone[0][1]:
+            raise ConfigError(f"{key}: {folder} holds other rows on {host} (rank {rank}) than on {everyone[0][0]} (rank 0); copy "
+                              "one of them to all machines, or put it on a disk that they share")
 
 
 @contextlib.contextmanager

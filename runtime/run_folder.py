@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -23,28 +24,25 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from config import CheckpointingConfig, MonitoringConfig, UserError
-from runtime import dist, files, locks
+from config import CheckpointingConfig, ConfigError, MonitoringConfig, UserError
+from runtime import dist, files, locks, meeting
 from runtime.errors import Ending
-from runtime.log import line_of, log, speaks, start_logging
+from runtime.log import line_of, log, printable, speaks, start_logging
+
+SHARED_SECONDS = 60.0  # that a network disk may take to show another machine what was written (NFS: acdirmax)
+
+_unnamed = itertools.count()  # runs without a name that this process has begun
 
 
 def name_run(cfg: CheckpointingConfig) -> str:
     """The run's name, agreed on by all ranks; without one rank 0 names it by the time, and by what no other start shares.
 
-    A worker that torchrun restarts finds the run that its predecessor named: the same launcher started both.
+    A worker that torchrun restarts goes on with the run that its predecessor named.
     """
-    name, runs = cfg.run_name, Path(cfg.runs_dir)
+    name = cfg.run_name
     if name is None and dist.rank() == 0:
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-            marks = sorted(runs.glob("*/.launcher"), key=lambda path: path.stat().st_mtime)
-            name = next((m.parent.name for m in reversed(marks) if m.read_text() == _launcher()), None)
-        name = name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{files.process_name()}"
+        name = dist.settled(f"run_name {next(_unnamed)}", f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{files.process_name()}")
     return dist.broadcast_object(name)
-
-
-def _launcher() -> str:
-    return f"{files.host_name()}:{os.getppid()}"
 
 
 class LogFile(logging.Handler):
@@ -56,7 +54,7 @@ class LogFile(logging.Handler):
         self.addFilter(speaks)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.folder.append(self.folder.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line_of(record)}\n")
+        self.folder.append_to_log(line_of(record))
 
 
 class RunFolder:
@@ -92,10 +90,14 @@ class RunFolder:
         code, reason = 0, "finished"
         try:
             self.lock()
-            yield
+            with dist.naming_the_lost():
+                yield
         except BaseException as error:
             code = getattr(error, "exit_code", 1)
             reason = str(error) if isinstance(error, (UserError, Ending)) else f"{type(error).__name__}: {error}"
+            if isinstance(error, meeting.Lost) and dist.rank() == error.teller != 0:  # in place of rank 0, which is gone
+                self.opened = self.path.is_dir()
+                self._tell_end(code, reason)
             raise
         finally:
             self._close(code, reason)
@@ -104,6 +106,18 @@ class RunFolder:
     def lock(self) -> None:
         """Nobody else may use the folder from here on, if it is there. Every rank must call it. Raises ConfigError."""
         dist.on_rank0(lambda: self._lock.acquire() if self.path.is_dir() and not self._lock.held else None)
+        self._check_shared()
+
+    def _check_shared(self) -> None:
+        """Raise ConfigError unless all machines see one folder: what rank 0 wrote into its lock, each reads."""
+        held, end = dist.broadcast_object(self._lock.text()), time.monotonic() + SHARED_SECONDS
+        while (seen := self._lock.text()) != held and time.monotonic() < end:
+            time.sleep(0.2)
+        everyone = dist.all_gather_object((files.host_name(), seen == held))
+        for rank, (host, shared) in enumerate(everyone):
+            if not shared:
+                raise ConfigError(f"checkpointing.runs_dir: {self.path} is another folder on {host} (rank {rank}) than on "
+                                  f"{everyone[0][0]} (rank 0); put it on a disk that all machines share")
 
     def open(self, fresh: bool = False, fork: dict[str, Any] | None = None) -> None:
         """Make the folder; what stands in it of an earlier process's end is not true any more.
@@ -111,6 +125,7 @@ class RunFolder:
         For a `fresh` run the record of an attempt that left no checkpoint is kept aside; `fork` tells where it began.
         """
         dist.on_rank0(lambda: self._open(fresh, fork))
+        self._check_shared()
 
     def _open(self, fresh: bool, fork: dict[str, Any] | None) -> None:
         try:
@@ -127,7 +142,6 @@ class RunFolder:
                 if not _being_written(leftover):
                     files.remove_tree(leftover)
             (self.path / "exit.json").unlink(missing_ok=True)
-            files.write_text(self.path / ".launcher", _launcher())
             files.write_text(self.path / "training_config.yaml", yaml.safe_dump(self.resolved, sort_keys=False))
             if fork is not None:
                 files.write_json(self.path / "fork.json", fork)
@@ -155,6 +169,9 @@ class RunFolder:
             self._waiting[path] = lines
             if line and lines == line:  # the first of them
                 tqdm.write(f"warning: {path} cannot be written ({error.strerror}); its lines wait in memory for room")
+
+    def append_to_log(self, line: str) -> None:
+        self.append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     # ---- metrics ---------------------------------------------------------------------------------------
 
@@ -264,6 +281,7 @@ class RunFolder:
 
     def advance(self, step: int, **shown: str) -> None:
         self.step = step
+        dist.at_step(step)
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False) if shown else self._bar.update(step - self._bar.n)
 
@@ -274,10 +292,7 @@ class RunFolder:
             return
         for path in list(self._waiting):
             self.append(path, "")
-        try:
-            files.write_json(self.path / "exit.json", {"code": code, "reason": reason, "step": self.step})
-        except OSError as error:
-            log.warning(f"exit.json cannot be written ({error.strerror})")
+        self._tell_end(code, reason)
         self._lock.release()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -286,6 +301,14 @@ class RunFolder:
                 self._wandb.finish(exit_code=code)
             except Exception as error:
                 log.warning(f"W&B did not finish ({error})")
+
+    def _tell_end(self, code: int, reason: str) -> None:
+        if code:
+            self.append_to_log(f"ended with code {code}: {printable(reason)}")
+        try:
+            files.write_json(self.path / "exit.json", {"code": code, "reason": reason, "step": self.step})
+        except OSError as error:
+            log.warning(f"exit.json cannot be written ({error.strerror})")
 
 
 def _being_written(staged: Path) -> bool:
