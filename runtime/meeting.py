@@ -119,7 +119,7 @@ class Heartbeat:
             self._beat()
         except RuntimeError:
             keeper = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            return Lost(f"{keeper}, where the ranks meet, does not answer (its network, or its process, is gone): nothing {since}")
+            return Lost(f"{keeper}, where the ranks meet, does not answer (its network or process is gone): nothing {since}")
         silent = [r for r in range(self.world) if r != self.rank and before[r][2] == after[r][2] and after[r][3] != TELLING]
         behind = [r for r in range(self.world) if r != self.rank and after[r][1] < self.votes and after[r][3] != TELLING]
         found = silent or behind
