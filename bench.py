@@ -35,7 +35,7 @@ import torch
 from config import Config, UserError, load_config
 from hub import parquet
 from hub.llama import byte_tokenizer_json
-from instruments import timing
+from instruments import planning, timing
 from model import PicoDecoder
 from runtime import machine
 from runtime.command import Parser, command
@@ -126,7 +126,7 @@ def work(case: Case) -> None:
     for line in sys.stdin:
         if line.strip() == "end":
             break
-        print(json.dumps([timing.seconds(step, device) for _ in range(int(line))]), flush=True)
+        print(json.dumps([planning.seconds(step, device) for _ in range(int(line))]), flush=True)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else machine.peak_memory()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parts = timing.breakdown(t, rows) if t is not None else {}

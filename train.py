@@ -25,7 +25,7 @@ import evaluate
 from config import Config, UserError, load_config, to_dict
 from data import BatchLoader, DataError, TokenDataset, to_device
 from hub import architecture, llama, streaming, tokenizers, uploads
-from instruments import faults, forks, snapshots
+from instruments import faults, forks, planning, snapshots
 from model import PicoDecoder
 from optim import make_optimizers, set_learning_rate
 from relora import apply_relora, has_adapters, merge_and_reinit, merge_due, relora_layers, reset_optimizer
@@ -220,8 +220,7 @@ def merge(state: TrainState, services: Services) -> None:
     """Merge, reinitialise and reset; check on one small row that the model computes what it did before."""
     relora, seed = state.cfg.model.relora, state.cfg.training.seed
     before, loss_before = probe(state, services)
-    scalings = [p for name, p in state.model.named_parameters() if name.endswith(".scaling")]
-    scales = [dist.full_tensor(scaling.detach()).clone() for scaling in scalings]
+    scales = [dist.full_tensor(p.detach()).clone() for name, p in state.model.named_parameters() if name.endswith(".scaling")]
     norm = merge_and_reinit(state.model, seed=seed, step=state.step)
     zeroed = reset_optimizer(state.optimizers, state.model, seed=seed, step=state.step)
     after, loss_after = probe(state, services)
@@ -244,8 +243,7 @@ def merge(state: TrainState, services: Services) -> None:
 @torch.no_grad()
 def probe(state: TrainState, services: Services) -> tuple[Tensor, float]:
     """(logits, mean loss) on the start of the next row; eval mode, float32."""
-    rows = services.dataset.batch(state.step, state.cfg.data.dataloader.batch_size)[:1, :PROBE_TOKENS + 1]
-    ids = to_device(rows, state.device)
+    ids = to_device(services.dataset.batch(state.step, state.cfg.data.dataloader.batch_size)[:1, :PROBE_TOKENS + 1], state.device)
     with eval_mode(state.model, state.device):
         logits = state.model(ids[:, :-1])  # (1, PROBE_TOKENS, V)
     return logits, F.cross_entropy(logits[0], ids[0, 1:]).item()
@@ -340,9 +338,10 @@ def setup(cfg: Config, device: torch.device, folder: RunFolder) -> tuple[TrainSt
     saver = checkpoint.Saver(cfg.checkpointing, folder.path, uploader.kick if uploader else lambda: None)
     services = Services(folder, dataset, tokenizer, evaluators, val_rows, saver, uploader, not_llama)
     notes += [f"the model is no Llama to other programs: {not_llama}; checkpoints keep our own names"] if not_llama else []
-    for note in notes + config.warnings(cfg, dist.world_size(), device.type):
-        log.warning(note)
     state = make_state(cfg, device, saved, weights)
+    notes += config.warnings(cfg, dist.world_size(), device.type)
+    for note in [*notes, *planning.misfits(cfg, state.model, state.optimizers, state.step)]:
+        log.warning(note)
     if found is not None:
         resume(state, services, found, saved)
     describe(state, services)
@@ -409,11 +408,12 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("config", type=Path, help="a YAML file, such as config/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options on top of it")
+    parser.add_argument("--plan", action="store_true", help="say what the run will take, by a few steps; write nothing")
     args = parser.parse_args()
     cfg = load_config(args.config, args.overrides)
     with dist.session(machine.pick_device(cfg.training.fabric.accelerator), cfg.training.hang_timeout_minutes,
                       cfg.data.dataset.patience_minutes) as device:
-        train(cfg, device)
+        planning.tell(make_state(cfg, device), train_step) if args.plan else train(cfg, device)
 
 
 if __name__ == "__main__":

@@ -21,19 +21,12 @@ import train
 from data import BatchLoader, TokenDataset, shard_entry, write_index
 from hub import architecture, llama
 from hub.parquet import convert_parquet
+from instruments.planning import seconds
 from optim import set_learning_rate
 from relora import merge_and_reinit, reset_optimizer
 from runtime import kernels, machine
 from shards import write_shards
 from train import TrainState
-
-
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def our_step(t: TrainState, rows: torch.Tensor) -> Callable[[], None]:
