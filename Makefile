@@ -10,7 +10,7 @@ BIN = .venv/bin
 
 demo: .venv/.installed
 	$(BIN)/python shards.py stdlib --out corpora/stdlib
-	$(BIN)/torchrun --standalone --nproc_per_node=$$($(BIN)/python -c "import torch; print(min(2, torch.cuda.device_count() or 2))") \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$$($(BIN)/python -c "import torch; print(min(2, torch.cuda.device_count() or 2))") \
 		train.py config/demo.yaml
 	$(BIN)/python sample.py runs/demo --prompt "def " --prompt "import " --tokens 120
 	@echo

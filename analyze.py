@@ -37,7 +37,7 @@ from instruments.components import KINDS, AnalysisError, Request, Row, target_of
 from instruments.landscape import barrier, loss_along
 from instruments.measures import SINGLE
 from instruments.measuring import analyse, rows_against
-from instruments.results import Results, table_text
+from instruments.results import Results, as_text, table_text
 from instruments.similarity import MEASURES, OVERLAPS, PAIRED
 from instruments.snapshots import Snapshots
 from optim import learning_rate_multiplier
@@ -128,6 +128,8 @@ def compare(runs: dict[str, Snapshots], plan: Plan, out: Path, device: torch.dev
     tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis", device) for label, run in runs.items()}
     write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], results)
     page = report.write_comparison({label: run.path for label, run in runs.items()}, tables, arms(runs), results, panels)
+    for line in as_text(*report.run_table({label: run.path for label, run in runs.items()}, tables)).splitlines():
+        print(printable(line))
     print(printable(f"open {page}"))
 
 

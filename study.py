@@ -33,6 +33,7 @@ from instruments import verdict
 from runtime import dist, files, machine, signals
 from runtime.command import Parser, command, number
 from runtime.log import log
+from runtime.progress import duration
 
 POLL_SECONDS = 0.2
 FINAL = "final.json"  # the evaluation that counts, among a run's eval_results
@@ -174,7 +175,7 @@ def run_all(plan: Plan, jobs: int) -> dict[Job, verdict.Result]:
                 now, later = wanted(plan, results)  # anew: two may have ended
                 left = (len(now) + later) * sum(seconds) / len(seconds) / jobs
                 log.info(f"{plan.name}: {len(results)} runs made, {len(now) + later} or more to come, about "
-                         f"{_duration(left)}; {worker.job.arm} {worker.job.name}: {_told(results[worker.job])}")
+                         f"{duration(left)}; {worker.job.arm} {worker.job.name}: {_told(results[worker.job])}")
     finally:
         for worker in workers:
             worker.process.terminate()
@@ -203,10 +204,6 @@ def _no_result(plan: Plan, job: Job) -> verdict.Result:
 
 def _told(result: verdict.Result) -> str:
     return "diverged" if math.isinf(result.loss) else f"val loss {result.loss:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Train a Pico decoder, full-rank or with ReLoRA.
 
     torchrun --standalone --nproc_per_node=2 train.py config/demo.yaml [section.key=value ...]
-    python train.py config/demo.yaml training.max_steps=100            # one process
+    python train.py config/demo.yaml training.max_steps=100            # one process; docs/options.md has the options
 
 Read `loop` first: save when due; merge when due; set the learning rate; accumulate; step; log. "Step N" is the state
 after N global batches and before batch N + 1. Killed at any moment, the same command goes on, to the same weights.
@@ -136,9 +136,8 @@ def next_batch(state: TrainState, services: Services, batches: BatchLoader) -> l
 
 def end_together(services: Services, problem: UserError | None = None, waiting: bool = False) -> int:
     """A vote, as signals.end_together holds it, also on whether a checkpoint could not be written."""
-    if problem is None and services.saver.error is not None:
-        problem = TrainingError(str(services.saver.error))
-    return signals.end_together(problem, waiting)
+    failed = services.saver.error and TrainingError(str(services.saver.error))
+    return signals.end_together(problem or failed, waiting)
 
 
 def advance(state: TrainState, services: Services, batch: list[tuple[int, Tensor]]) -> None:
@@ -200,12 +199,12 @@ def record_progress(state: TrainState, services: Services, batches: BatchLoader)
     window.refuse_too_many_skipped(state.step, cfg.training.max_nonfinite_steps)
     rate = state.optimizers[0].param_groups[0]["lr"]
     metrics = window.metrics(state.step, cfg.data.dataloader.batch_size * cfg.model.max_seq_len, rate, batches.take_wait())
-    speed = metrics["tokens_per_second"]
+    speed, norm, left = metrics["tokens_per_second"], window.grad_norm, state.progress.time_left(state.step, cfg.last_step)
     if (peak := machine.peak_flops(state.device)) is not None:
         metrics["mfu"] = speed * state.model.flops_per_token() / (peak * dist.world_size())
     services.folder.record(metrics)
     loss = "no finite loss" if window.loss is None else f"loss {window.loss:.4f}"
-    log.info(f"step {state.step}: {loss}, learning rate {rate:.2e}, gradient norm {window.grad_norm:.3f}, {speed:,.0f} tokens/s")
+    log.info(f"step {state.step}: {loss}, learning rate {rate:.2e}, gradient norm {norm:.3f}, {speed:,.0f} tokens/s{left}")
     services.folder.advance(state.step, loss=loss.removeprefix("loss "), lr=f"{rate:.1e}", tok_s=f"{speed:,.0f}")
 
 
@@ -231,8 +230,9 @@ def merge(state: TrainState, services: Services) -> None:
         "relora/loss_before": loss_before, "relora/loss_after": loss_after, "relora/logit_change": change,
         "relora/update_norm": norm} | ({"relora/sf_mean": torch.cat(scales).mean().item(),
                                         "relora/sf_std": torch.cat(scales).std(correction=0).item()} if scales else {}))
-    log.info(f"step {state.step}: merge {state.progress.reset_count}, norm of the delta {norm:.3f}, loss on a small batch "
-             f"{loss_before:.4f} -> {loss_after:.4f}, {zeroed:.2%} of the adapters' moments are 0")
+    held = "unchanged" if change <= MERGE_TOLERANCE else "CHANGED"
+    log.info(f"step {state.step}: merge {state.progress.reset_count}, a delta of norm {norm:.3f}, the model {held} by it (to "
+             f"{change:.0e} of its logits), {zeroed:.2%} of the adapters' moments are 0")
     if not change <= MERGE_TOLERANCE:
         message = f"step {state.step}: the merge changed the logits by {change:.1e} of their size"
         if not relora.reference_faults:

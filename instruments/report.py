@@ -216,17 +216,18 @@ def write_path(ends: list[str], points: list[Point], results: Results) -> Path:
 
 # ---- several runs --------------------------------------------------------------------------------------------------------------
 
-def run_table(records: dict[str, Curves], tables: dict[str, list[Row]]) -> str:
+def run_table(runs: dict[str, Path], tables: dict[str, list[Row]]) -> tuple[list[str], list[list[Any]]]:
+    """(head, rows) of what each run came to: tokens, losses, ranks of its update."""
     body = []
-    for name, record in records.items():
+    for name, record in ((name, training_record(run)) for name, run in runs.items()):
         def last(key: str, record=record) -> Any:
             return float(record[key][-1][1]) if record[key] else ""
         tokens = f"{record['tokens'][-1][1]:,}" if record["tokens"] else ""
         body.append([name, str(record["train/loss"][-1][0]) if record["train/loss"] else "", tokens, last("train/loss"),
                      last("eval/val_loss"), last("eval/paloma_loss"),
                      *(mean_at_end(tables[name], "updates since the start", m) for m in RANKS)])
-    return table(["run", "last step", "tokens", "training loss", "val loss", "Paloma loss",
-                  "effective rank of the update", "numerical rank of it"], body)
+    return ["run", "last step", "tokens", "training loss", "val loss", "Paloma loss", "effective rank of the update",
+            "numerical rank of it"], body
 
 
 def mean_at_end(rows: list[Row], data: str, metric: str) -> Any:
@@ -254,7 +255,7 @@ def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], arms: 
     page = Page(plt, "Runs compared: " + ", ".join(runs), results, panels)
     records = {name: training_record(run) for name, run in runs.items()}
     page.chapter("Training", "Lines: training loss; markers: loss on held-out rows. Time leaves out evaluation and saving. Ranks "
-                 "are means over the layers.", page.picture("loss", plot_losses(plt, records)), run_table(records, tables))
+                 "are means over the layers.", page.picture("loss", plot_losses(plt, records)), table(*run_table(runs, tables)))
     if len(arms) < len(runs):
         page.chapter("Seeds", "Runs that differ in nothing but their seed are one arm: mean and 95 % interval (Student's t).",
                      page.picture("arms", loss_bands(plt, {a: [records[run] for run in of] for a, of in arms.items()})))

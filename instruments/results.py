@@ -19,7 +19,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +179,11 @@ def own_key() -> bytes | None:
         log.warning(f"the key of measured rows cannot be kept ({error}); every analysis measures anew")
         return None
     return key
+
+
+def as_text(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A table in columns, for a terminal; columns that hold nothing are left out."""
+    cells = [[f"{cell:.5g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
+    columns = [column for column in zip(head, *cells) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in zip(*columns))

@@ -16,7 +16,7 @@ from instruments.intervals import LEVEL, Interval, interval, paired_difference
 from instruments.plots import bands, plot_bands, pyplot
 from instruments.record import training_record
 from instruments.report import Page, table
-from instruments.results import Results, table_text
+from instruments.results import Results, as_text, table_text
 from runtime.files import finite
 from runtime.progress import perplexity
 
@@ -115,12 +115,6 @@ def shown(rows: list[dict[str, Any]], reference: str) -> tuple[list[str], list[l
               number(row["tokens"], ","), number(row["seconds"], ".0f"),
               number(row["peak_bytes"] and row["peak_bytes"] / 1e6, ".0f"), number(row["trainable"], ",")] for row in rows]
     return head, lines
-
-
-def as_text(head: list[str], lines: list[list[str]]) -> str:
-    """A table in columns, for a terminal."""
-    widths = [max(map(len, column)) for column in zip(head, *lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *lines))
 
 
 # ---- the figures -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 
 from config import UserError
 from runtime import dist
-from runtime.errors import BAD_PATH, FULL, Ending
+from runtime.errors import BAD_DISK, BAD_PATH, FULL, Ending
 from runtime.log import printable, start_logging
 
 SECOND_THOUGHT_SECONDS = 3.0
@@ -70,6 +70,18 @@ def check_torch(version: str) -> None:
                         "pip install -r requirements.txt")
 
 
+def describe_os_error(error: OSError) -> tuple[int, str]:
+    """(exit code, a line with the fix); raises what is no disk's fault and no path's."""
+    name = str(error.filename or "a file")[:200]
+    if error.errno in FULL:
+        return 1, f"{name}: the disk is full; free some room"
+    if error.errno in BAD_PATH:
+        return 2, f"{name}: {error.strerror}; give another path"
+    if error.errno in BAD_DISK:
+        return 1, f"{name}: {error.strerror}; look after the disk, and start again"
+    raise error
+
+
 def command(main: Callable[[], int | None]) -> None:
     """Run a command's `main`: what the user can fix is one line, and exit code 2."""
     try:
@@ -84,10 +96,7 @@ def command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         code, words = error.exit_code, str(error)
     except OSError as error:
-        if error.errno not in (*FULL, *BAD_PATH):
-            raise
-        code, words = (1, f"{error.filename or 'writing'}: the disk is full; free some room") if error.errno in FULL else \
-            (2, f"{str(error.filename)[:100]}: {error.strerror}; give another path")
+        code, words = describe_os_error(error)
     except UnicodeEncodeError as error:
         code, words = 2, f"{error.object[:40]!r}: is not text that can be written ({error.reason})"
     except RecursionError:

@@ -7,6 +7,9 @@ import errno
 from config import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+BAD_DISK = tuple(getattr(errno, name) for name in (  # these may pass
+    "EIO", "ESTALE", "EMFILE", "ENFILE", "EREMOTEIO", "ENODEV", "ENXIO", "ETIMEDOUT", "EBUSY", "EDEADLK", "ENOLCK")
+    if hasattr(errno, name))
 BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS)
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from config import ConfigError
+from runtime import files
 
 TAKEOVER_SECONDS = 0.3
 HEARTBEAT_SECONDS = 10.0  # between the lock's signs of life
@@ -48,10 +49,10 @@ class RunLock:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def text(self) -> str | None:
-        """What the file holds: nothing if it is not there, None if even its folder is not."""
+        """What the file holds: nothing if it is not there, None if even its folder is not. Raises Unreadable."""
         try:
-            return self.path.read_text(encoding="utf-8")
-        except OSError:
+            return files.read_text(self.path)
+        except FileNotFoundError:
             return "" if self.folder.is_dir() else None
 
     def _refuse_if_alive(self) -> None:

@@ -18,6 +18,11 @@ def perplexity(loss: float | None) -> float | None:
     return None if loss is None else math.exp(min(loss, 700.0))  # e^710 overflows
 
 
+def duration(seconds: float) -> str:
+    """In the words of somebody who waits."""
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+
 class Window(NamedTuple):
     """The updates since the last log line."""
     steps: int
@@ -51,6 +56,7 @@ class Progress:
         self.reset_count = 0  # merges so far
         self.merged_at: int | None = None  # the step of the latest merge
         self._start, self._first_step = time.perf_counter(), 0
+        self._began: tuple[float, int] | None = None  # when the first window that was told ended, and at which step
 
     def add(self, loss: Tensor, grad_norm: Tensor, bad: Tensor) -> None:
         """One update: its mean loss and gradient norm, and whether (1.) or not (0.) it was skipped."""
@@ -81,6 +87,14 @@ class Progress:
         self.sums = torch.tensor([0, 0, sums["bad_steps"], sums["bad_in_a_row"], 0, 0], device=self.sums.device)
         self.start_window(step)
         return window
+
+    def time_left(self, step: int, last: int) -> str:
+        """For the end of a log line: how long the steps up to `last` will take, saves and all; "" if not known yet."""
+        began, now = self._began, time.perf_counter()
+        if began is None or step >= last:
+            self._began = began or (now, step)
+            return ""
+        return f", {duration((now - began[0]) / (step - began[1]) * (last - step))} left"
 
     def state(self) -> dict[str, Any]:
         return {"sums": self.sums.tolist(), "reset_count": self.reset_count, "merged_at": self.merged_at}

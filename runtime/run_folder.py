@@ -159,13 +159,14 @@ class RunFolder:
         if not self.opened:
             self._waiting[path] = lines
             return
-        size = path.stat().st_size if path.exists() else 0
+        size = None
         try:
             with open(path, "a", encoding="utf-8", opener=files.no_links) as file:
+                size = os.fstat(file.fileno()).st_size
                 file.write(lines)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.truncate(path, size)  # no half line
+                os.truncate(path, size) if size is not None else None  # no half line
             self._waiting[path] = lines
             if line and lines == line:  # the first of them
                 tqdm.write(f"warning: {path} cannot be written ({error.strerror}); its lines wait in memory for room")
@@ -178,11 +179,14 @@ class RunFolder:
     def sync_metrics(self) -> dict[str, Any]:
         """What a checkpoint keeps of metrics.jsonl so far, once it is on the disk: {metrics_bytes, metrics_sha256}."""
         self.append(self.metrics_path, "")  # what waits for room belongs to this step too
-        if not (self.writes and self.metrics_path.exists()):
-            return {"metrics_bytes": 0, "metrics_sha256": hashlib.sha256().hexdigest()}
-        with open(self.metrics_path, "r+b") as file:
-            text = file.read()
-            os.fsync(file.fileno())
+        def on_disk() -> bytes:
+            with open(self.metrics_path, "r+b") as file:
+                text = file.read()
+                os.fsync(file.fileno())
+            return text
+        text = b""
+        with contextlib.suppress(FileNotFoundError):
+            text = files.try_again(on_disk, self.metrics_path) if self.writes else b""
         return {"metrics_bytes": len(text), "metrics_sha256": hashlib.sha256(text).hexdigest()}
 
     def check_no_record(self, save_every: int) -> None:
@@ -303,6 +307,9 @@ class RunFolder:
                 log.warning(f"W&B did not finish ({error})")
 
     def _tell_end(self, code: int, reason: str) -> None:
+        if not code and self.opened:
+            log.info(f"finished at step {self.step}; all of it is in {self.path}. Next: python sample.py {self.path}, python "
+                     f"analyze.py {self.path}, python evaluate.py {self.path}, python export.py hf {self.path} FOLDER")
         if code:
             self.append_to_log(f"ended with code {code}: {printable(reason)}")
         try:
