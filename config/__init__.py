@@ -147,7 +147,7 @@ class TrainingConfig:
     max_steps: int = 200000  # the horizon of the schedule
     stop_at_step: int | None = None  # (ours) end early without bending the schedule
     seed: int = option(42, least=0)  # (ours) everything random follows from this and the step
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # (ours) auto: DDP where there is more than one rank
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # (ours) auto: DDP; fsdp shards over all ranks, hsdp in each machine
     micro_batch_size: int | None = None  # (ours) rows a forward, in place of gradient_accumulation_steps
     grad_clip: float | None = None  # (ours) largest gradient norm; the published runs do not clip
     compile: bool | None = None  # (ours) torch.compile each block; null: on CUDA, where it pays

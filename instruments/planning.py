@@ -25,7 +25,7 @@ from instruments import snapshots
 from relora import has_adapters, relora_layers
 from runtime import dist, machine
 from runtime.log import log
-from runtime.wrap import eval_mode
+from runtime.wrap import SHARDED, eval_mode
 
 MOMENTS = {"SGD": 1, "Muon": 1}  # tensors of a parameter's own size that an optimizer keeps; Adam and its kin: 2
 TEXT_BYTES = 4  # of a token, about: a snapshot holds its rows as text too
@@ -97,7 +97,7 @@ def misfits(cfg: Config, model: nn.Module, optimizers: list[torch.optim.Optimize
         fix = "" if cfg.checkpointing.keep_training_states else "checkpointing.keep_training_states=2, "
         yield (f"the run will write about {size / 1e9:,.1f} GB ({told(kinds)}), and {folder} has {free / 1e9:,.1f} GB free; make "
                f"room, or use {fix}a larger checkpointing.save_every_n_steps")
-    here = 1 if cfg.training.strategy == "fsdp" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = 1 if cfg.training.strategy in SHARDED else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_cpu = next(model.parameters()).device.type == "cpu"
     held = (sum(parts) * here if on_cpu else 0) + parts.weights + parts.moments  # and a copy, while a checkpoint is written
     if memory_bytes() and held > memory_bytes():
@@ -197,7 +197,8 @@ def parameters(model: nn.Module) -> str:
 
 
 def memory(cfg: Config, device: torch.device, parts: Parts, peak: int) -> str:
-    share = dist.world_size() if cfg.training.strategy == "fsdp" else 1
+    sharded = {"fsdp": dist.world_size(), "hsdp": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
+    share = sharded.get(cfg.training.strategy, 1)
     held = "".join(f"{name} {size / share / 1e9:,.3f}, " for name, size in parts._asdict().items())
     what = "of the GPU" if device.type == "cuda" else "of the process"
     rest = (peak - sum(parts) / share) / 1e9

@@ -243,7 +243,7 @@ def replicated(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import Replicate
-    return tensor.redistribute(placements=[Replicate()])
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
 def shard_like(whole: Tensor, target: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 
@@ -19,10 +20,13 @@ from runtime import dist, kernels
 from runtime.machine import choose_compile
 
 
+SHARDED = ("fsdp", "hsdp")
+
+
 def parallelize(model: nn.Module, blocks: Iterable[nn.Module], cfg: TrainingConfig, device: torch.device) -> nn.Module:
     """What to train through: the model itself, DDP around it, or FSDP2 in it; `blocks`, its layers, compiled where asked.
 
-    FSDP2 shards each block as a group; the rest stays with the root, whose forward needs the whole head weight for the
+    FSDP2 (HSDP: inside of each machine) shards each block as a group; the rest stays with the root, whose forward needs the whole head weight for the
     chunked loss.
     """
     if choose_compile(cfg.compile, device):
@@ -32,7 +36,7 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], cfg: TrainingConf
         kernels.compile_loss()
     if dist.world_size() == 1:
         return model
-    if cfg.strategy != "fsdp":
+    if cfg.strategy not in SHARDED:
         # the buffers are tables of positions; torch >= 2.13 calls this option forward_sync_buffers, and warns
         parameters = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
@@ -40,7 +44,11 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], cfg: TrainingConf
                                        gradient_as_bucket_view=True, **{buffers: False})
     from torch.distributed.device_mesh import init_device_mesh  # here, for what does not shard starts sooner without
     from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(device.type, (dist.world_size(),))
+    world, local = dist.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+    if cfg.strategy == "hsdp" and local < world:  # as many whole copies as machines, each sharded inside of its own
+        mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (world,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -54,7 +62,10 @@ def wrapping(wrapped: nn.Module) -> str:
     """The name of what `parallelize` has done."""
     if isinstance(wrapped, DistributedDataParallel):
         return "DDP"
-    return "FSDP2" if _has_fsdp(wrapped) else "no wrapping"
+    if not _has_fsdp(wrapped):
+        return "no wrapping"
+    mesh = next(wrapped.parameters()).device_mesh
+    return "FSDP2" if mesh.ndim == 1 else f"FSDP2 inside of {mesh.size(0)} machines, which hold a copy each"
 
 
 def gradient_sync(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:

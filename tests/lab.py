@@ -117,10 +117,10 @@ def run(command: str, *words: object, ranks: int = 0, timeout: float = 180, code
 
 
 def forked(command: str, *words: object, ranks: int = 0, timeout: float = 180, code: int = 0,
-           env: dict[str, str] | None = None) -> str:
+           env: dict[str, str] | None = None, machines: int = 1) -> str:
     """`run`, in copies of a process that has imported torch already: a third of the processor time.
 
-    Ranks are given their place as torchrun gives it, and its store. Each must end with `code`; once one has not, or after
+    Ranks are given their place as torchrun gives it, as if on several `machines`, and its store. Each must end with `code`; once one has not, or after
     the timeout, all are killed.
     """
     context, places = multiprocessing.get_context("forkserver"), [{}]
@@ -129,8 +129,9 @@ def forked(command: str, *words: object, ranks: int = 0, timeout: float = 180, c
         forkserver.ensure_running()
     if ranks:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                   "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        local = ranks // machines
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank % local), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(local),
+                   "GROUP_RANK": str(rank // local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
                    "TORCHELASTIC_USE_AGENT_STORE": "True"} for rank in range(ranks)]
     with tempfile.NamedTemporaryFile() as told:
         copies = [context.Process(target=_copy, args=(told.name, ROOT / command, [str(word) for word in words],
@@ -241,11 +242,12 @@ class Lab:
     def config(self, name: str, relora: bool = True) -> Path:
         return write_config(self.folder / f"{name}.yaml", tiny_tree(self.dataset, self.folder, name, relora))
 
-    def train(self, name: str, *words: object, relora: bool = True, ranks: int = 0, code: int = 0) -> str:
+    def train(self, name: str, *words: object, relora: bool = True, ranks: int = 0, code: int = 0,
+              machines: int = 1) -> str:
         """Train the run `name` as its user would, in this process unless it takes several; what was printed."""
         config = self.config(name, relora)
         if ranks:
-            return forked("train.py", config, *words, ranks=ranks, code=code)
+            return forked("train.py", config, *words, ranks=ranks, code=code, machines=machines)
         return call("train.py", config, *words, code=code)
 
     def train_in_turn(self, *runs: tuple[str, ...], ranks: int, script: str = IN_TURN) -> str:

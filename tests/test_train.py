@@ -210,6 +210,20 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(worlds, strategy):
     close(worlds.metrics(name), worlds.metrics("single"), abs=1e-4)
 
 
+def test_copies_that_are_sharded_inside_of_two_machines_train_as_one_process_does(worlds):
+    """HSDP on 2 x 2 ranks: from one process's checkpoint, on to FSDP2 over all four, and back to one."""
+    once = "training.optimization.gradient_accumulation_steps=1"
+    worlds.copy("single", "hsdp", 5)
+    for strategy, stop in (("hsdp", 10), ("fsdp", 15)):
+        words = (once, f"training.strategy={strategy}", f"training.stop_at_step={stop}")
+        told = worlds.train("hsdp", *words, ranks=4, machines=2)
+        assert f"resumed at step {stop - 5}" in told and ("FSDP2 inside of 2 machines" in told) == (strategy == "hsdp")
+    worlds.train("hsdp")
+    close(worlds.metrics("hsdp"), worlds.metrics("single"), abs=1e-4)
+    close(worlds.metrics("hsdp", "trainer/grad_norm"), worlds.metrics("single", "trainer/grad_norm"), rel=1e-4)
+    assert worlds.metrics("hsdp") != worlds.metrics("single")
+
+
 def test_a_micro_batch_size_is_the_accumulation_that_it_implies(worlds, here):
     here.train("micro", "training.micro_batch_size=2", "training.optimization.gradient_accumulation_steps=1", *BARE)
     assert here.metrics("micro") == worlds.metrics("single")
