@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -148,7 +147,7 @@ class Worker:
 
 def _die_with_study() -> None:
     """A study that is killed leaves no run behind that would go on in the folder of the next start."""
-    dist.die_with_parent(signal.SIGTERM)
+    dist.die_with_parent("SIGTERM")
 
 
 def run_all(plan: Plan, jobs: int) -> dict[Job, verdict.Result]:

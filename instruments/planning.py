@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import statistics
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from data import DataError, TokenDataset
 from instruments import snapshots
 from relora import has_adapters, relora_layers
 from runtime import dist, machine
+from runtime.files import free_bytes
 from runtime.log import log
 from runtime.wrap import SHARDED, eval_mode
 
@@ -108,12 +108,6 @@ def misfits(cfg: Config, model: nn.Module, optimizers: list[torch.optim.Optimize
 def told(kinds: dict[str, tuple[int, int]]) -> str:
     return ", ".join(f"{count:,} x {name} {size / 1e6:,.1f} MB" if count > 1 else f"{name} {size / 1e6:,.1f} MB"
                      for name, (count, size) in kinds.items())
-
-
-def free_bytes(folder: Path) -> float:
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    usage = shutil.disk_usage(there)
-    return usage.free if usage.total else float("inf")  # some network disks tell of 0 blocks
 
 
 def memory_bytes() -> int:

@@ -121,11 +121,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> None:
+def die_with_parent(name: str = "SIGKILL") -> None:
     """Have Linux send this process a signal when the one that started it dies, so that none works on as an orphan."""
-    if sys.platform == "linux":
+    if sys.platform == "linux" and hasattr(signal, name):
         import ctypes
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, getattr(signal, name))
 
 
 def _die_with_torchrun() -> None:

@@ -250,12 +250,16 @@ class NoRoom(UserError):
     exit_code = 1
 
 
+def free_bytes(path: Path) -> float:
+    """Free on the disk that `path` is on, or will be; infinite where a disk tells of 0 blocks, as some network disks do."""
+    usage = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists()))
+    return usage.free if usage.total else math.inf
+
+
 def require_room(path: Path, size: int, what: str) -> None:
     """Raise NoRoom unless `size` bytes, and a little, fit on the disk of `path`, as far as it tells."""
-    folder = next(p for p in (path, *path.absolute().parents) if p.exists())
-    usage = shutil.disk_usage(folder)
-    if usage.total and usage.free < size + (1 << 16):  # some network disks tell of 0 blocks
-        raise NoRoom(f"{what} needs {size / 1e6:,.1f} MB, but {folder} has {usage.free / 1e6:,.1f} MB free; make room")
+    if (free := free_bytes(path)) < size + (1 << 16):
+        raise NoRoom(f"{what} needs {size / 1e6:,.1f} MB, but the disk of {path} has {free / 1e6:,.1f} MB free; make room")
 
 
 def explain(error: Exception, path: Path, size: int) -> str:

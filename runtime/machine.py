@@ -136,7 +136,10 @@ def peak_memory(pid: int | None = None) -> int:
         pass
     if pid is not None:
         return 0
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
