@@ -147,7 +147,7 @@ class TrainingConfig:
     max_steps: int = 200000  # the horizon of the schedule
     stop_at_step: int | None = None  # (ours) end early without bending the schedule
     seed: int = option(42, least=0)  # (ours) everything random follows from this and the step
-    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # (ours) auto: DDP; fsdp shards over all ranks, hsdp in each machine
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # (ours) auto: DDP; fsdp shards over all, hsdp in each machine
     micro_batch_size: int | None = None  # (ours) rows a forward, in place of gradient_accumulation_steps
     grad_clip: float | None = None  # (ours) largest gradient norm; the published runs do not clip
     compile: bool | None = None  # (ours) torch.compile each block; null: on CUDA, where it pays
@@ -234,8 +234,9 @@ class CheckpointEvaluationConfig:
 
 @dataclass
 class LearningDynamicsConfig:
+    # (ours) also residual, the stream after each block, and attention.entropy, of each head's attention
     layer_suffixes: list[str] = field(default_factory=lambda: ["attention.v_proj", "attention.o_proj", "swiglu.w_2"])
-    sequence_idx: int = option(-1, least=-math.inf)  # the position whose activations are kept
+    sequence_idx: int | list[int] = option(-1, least=-math.inf)  # whose activations are kept; (ours) a list: of each position
     batch_size: int = 8  # rows a forward of the snapshot; bounds its memory, not its size
     eval_data: str | None = "pico-lm/pretokenized-paloma-tinsy"  # of the val snapshot: Hub name, folder, or val
     max_rows: int | None = 2048  # (ours) rows of a snapshot at most; null: the whole batch, all of eval_data

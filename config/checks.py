@@ -61,8 +61,9 @@ def _check_model(cfg: Config, require: Any) -> None:
     require(model.attention_n_heads % model.attention_n_kv_heads == 0, "model.attention_n_kv_heads",
             f"must divide attention_n_heads {model.attention_n_heads}")
     if dynamics is not None:
-        require(-model.max_seq_len <= dynamics.sequence_idx < model.max_seq_len, "checkpointing.learning_dynamics.sequence_idx",
-                f"is no position of {model.max_seq_len} tokens")
+        positions = dynamics.sequence_idx if isinstance(dynamics.sequence_idx, list) else [dynamics.sequence_idx]
+        require(bool(positions) and all(-model.max_seq_len <= position < model.max_seq_len for position in positions),
+                "checkpointing.learning_dynamics.sequence_idx", f"is no position of {model.max_seq_len} tokens")
         require(bool(dynamics.layer_suffixes), "checkpointing.learning_dynamics.layer_suffixes",
                 "names no layers; use null for none")
 

@@ -64,12 +64,15 @@ def disk(cfg: Config, model: nn.Module, parts: Parts, rows: dict[str, int], firs
 
 def snapshot_bytes(cfg: Config, model: nn.Module, rows: int, with_weights: bool) -> int:
     """Of one split's; weights are written once, and linked by the other split."""
-    size = rows * (cfg.model.max_seq_len + 1) * (8 + TEXT_BYTES)
-    for layer in snapshots.chosen_layers(model, cfg.checkpointing.learning_dynamics.layer_suffixes).values():
+    dynamics = cfg.checkpointing.learning_dynamics
+    positions = len(dynamics.sequence_idx) if isinstance(dynamics.sequence_idx, list) else 1
+    size = rows * ((cfg.model.max_seq_len + 1) * (8 + TEXT_BYTES)
+                   + 4 * positions * sum(snapshots.widths(model, dynamics.layer_suffixes).values()))
+    for layer in snapshots.chosen_layers(model, dynamics.layer_suffixes).values():
         whole = 4 * layer.in_features * layer.out_features
         factors = 4 * getattr(layer, "r", 0) * (layer.in_features + layer.out_features)
         base = whole if factors and layer.weight is not None else 0
-        size += 4 * rows * layer.out_features + (whole + factors) + with_weights * (whole + factors + base)
+        size += (whole + factors) + with_weights * (whole + factors + base)
     return size
 
 

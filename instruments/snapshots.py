@@ -1,9 +1,10 @@
 """Learning-dynamics snapshots: activations, weights and gradients of chosen layers on a fixed batch.
 
-For every layer whose name ends in one of `layer_suffixes`: its output at one position of each example, its effective
-weight W + s B A, and the gradient of the mean loss with respect to that effective weight. The gradient is the outer
-product of the layer's input and the gradient of its output, dL/dW = dY' X, so it is full rank and exists whether or
-not W is frozen, without a second model. ReLoRA layers add their factors (with gradients) and their frozen base.
+For every layer whose name ends in one of `layer_suffixes`: its output at one position of each example (or at several: rows
+are then examples x positions), its effective weight W + s B A, and the gradient of the mean loss with respect to that
+effective weight. The gradient is the outer product of the layer's input and the gradient of its output, dL/dW = dY' X, so
+it is full rank and exists whether or not W is frozen, without a second model. ReLoRA layers add their factors (with
+gradients) and their frozen base. Of blocks the residual stream and the entropy of attention can be kept too.
 
 Everything is float32, measured in eval mode (no dropout, no autocast), and leaves the model, its gradients and the
 random state as they were. The keys and shapes are those that pico-analyze reads:
@@ -33,10 +34,15 @@ from config import CheckpointingConfig, ConfigError, LearningDynamicsConfig
 from config.reading import show
 from data import to_device
 from hub.tokenizers import Tokenizer
+from model import PicoDecoder, rotate
 from relora import HEAD, ReLoRALinear
 from runtime import dist, signals
 from runtime.files import did_you_mean
 from runtime.wrap import eval_mode
+
+
+STREAM, ENTROPY = BESIDE = ("residual", "attention.entropy")  # what is kept of a block beside its linear layers
+ATTENDED = 1e-3  # relative difference of attention's output, as we compute it, that rounding explains
 
 
 def chosen_layers(model: nn.Module, suffixes: list[str]) -> dict[str, nn.Module]:
@@ -44,11 +50,40 @@ def chosen_layers(model: nn.Module, suffixes: list[str]) -> dict[str, nn.Module]
     layers = {name: module for name, module in model.named_modules()
               if isinstance(module, (nn.Linear, ReLoRALinear)) and name != HEAD}  # which the chunked loss never calls
     for suffix in suffixes:
-        if not any(name.endswith(suffix) for name in layers):
-            ends = sorted({name.split(".", 2)[-1] for name in layers})
+        if suffix not in BESIDE and not any(name.endswith(suffix) for name in layers):
+            ends = sorted({name.split(".", 2)[-1] for name in layers} | set(BESIDE))
             raise ConfigError(f"checkpointing.learning_dynamics.layer_suffixes: {suffix!r} matches no layer of a block; there "
                               f"are {', '.join(ends)}")
     return {name: module for name, module in layers.items() if any(name.endswith(s) for s in suffixes)}
+
+
+def widths(model: PicoDecoder, suffixes: list[str]) -> dict[str, int]:
+    """{name: numbers of one example at one position} of all activations that are kept."""
+    blocks = {STREAM: model.cfg.d_model, ENTROPY: model.cfg.attention_n_heads}
+    return {name: layer.out_features for name, layer in chosen_layers(model, suffixes).items()} | {
+        f"layers.{i}.{name}": width for name, width in blocks.items() if name in suffixes for i in range(len(model.layers))}
+
+
+def attention_entropy(model: PicoDecoder, number: int, seen: dict[str, tuple[Tensor, Tensor]], positions: list[int]) -> Tensor:
+    """Entropy in nats of what each head attends to, (B, positions, H): -sum p log p, p = softmax(q k' / sqrt(head_dim)).
+
+    From what a block's layers were seen to compute. Raises ConfigError where its attention is not this formula.
+    """
+    name, cfg = f"layers.{number}.attention", model.cfg
+    size = cfg.d_model // cfg.attention_n_heads
+    q, k, v = (seen[f"{name}.{part}_proj"][1].detach().float().unflatten(2, (-1, size)) for part in "qkv")
+    T, groups = q.size(1), cfg.attention_n_heads // cfg.attention_n_kv_heads
+    cos, sin, at = model.rope_cos[:T], model.rope_sin[:T], torch.tensor(positions, device=q.device) % T
+    q, k = rotate(q, cos, sin)[:, at], rotate(k, cos, sin).repeat_interleave(groups, dim=2)
+    scores = torch.einsum("bphd,bthd->bpht", q, k) / size ** 0.5  # (B, P, H, T)
+    scores = scores.masked_fill(torch.arange(T, device=q.device) > at[:, None, None], -torch.inf)
+    p = scores.softmax(-1)
+    y = torch.einsum("bpht,bthd->bphd", p, v.repeat_interleave(groups, dim=2)).flatten(2)
+    computed = seen[f"{name}.o_proj"][0].detach().float()[:, at]
+    if not torch.allclose(y, computed, rtol=0, atol=ATTENDED * computed.abs().max().item()):
+        raise ConfigError(f"checkpointing.learning_dynamics.layer_suffixes: {ENTROPY} is of softmax(q k' / sqrt(head_dim)), and "
+                          "this model.py computes something else; leave it out, or change snapshots.attention_entropy too")
+    return torch.special.entr(p).sum(-1)
 
 
 @contextlib.contextmanager
@@ -90,27 +125,46 @@ def snapshot(model: nn.Module, rows: np.ndarray, cfg: LearningDynamicsConfig,
     """
     rows = rows[:cfg.max_rows]
     layers = chosen_layers(model, cfg.layer_suffixes)
-    activations: dict[str, list[Tensor]] = {name: [] for name in layers}
+    tapped, activations = layers | _beside(model, cfg.layer_suffixes), {name: [] for name in widths(model, cfg.layer_suffixes)}
     gradients = {name: torch.zeros(m.out_features, m.in_features, device=device) for name, m in layers.items()}
     # not compiled, also since the outputs of compiled layers would not be part of the graph
-    with eval_mode(model, device), taps(layers) as seen:
+    with eval_mode(model, device), taps(tapped) as seen:
         batches = list(_examples(rows, cfg.batch_size))
         for piece, share in tqdm(batches, desc="snapshot", leave=False, disable=None if dist.rank() == 0 else True):
             signals.stop_point()
             ids = to_device(piece, device)
             loss = model(ids[:, :-1], ids[:, 1:])
-            outputs = torch.autograd.grad(loss, [seen[name][1] for name in layers])
+            outputs = torch.autograd.grad(loss, [seen[name][1] for name in layers]) if layers else ()
             for (name, (x, y)), dy in zip(((n, seen[n]) for n in layers), outputs):
                 gradients[name].addmm_(dy.flatten(0, 1).float().T, x.detach().flatten(0, 1).float(), alpha=share)
-                if share:
-                    # a copy: a view would keep all positions alive
-                    activations[name].append(y.detach()[:, cfg.sequence_idx].to("cpu", torch.float32, copy=True))
+            for name in activations if share else ():
+                activations[name].append(_looked_at(model, name, seen, cfg.sequence_idx))
             seen.clear()
     result = {"activations": _gathered(activations), "weights": {}, "gradients": {},
               "data": {"input_ids": torch.from_numpy(rows.astype(np.int64))}}
     for name, layer in layers.items():
         _add_weights(result, name, layer, dist.all_reduce_sum(gradients[name]).cpu())
     return result
+
+
+def _beside(model: PicoDecoder, suffixes: list[str]) -> dict[str, nn.Module]:
+    """The modules whose inputs and outputs tell what is kept beside linear layers."""
+    found: dict[str, nn.Module] = {}
+    for number, block in enumerate(model.layers):
+        if STREAM in suffixes:
+            found[f"layers.{number}.{STREAM}"] = block
+        if ENTROPY in suffixes:
+            found |= {f"layers.{number}.attention.{part}_proj": getattr(block.attention, f"{part}_proj") for part in "qkvo"}
+    return found
+
+
+def _looked_at(model: PicoDecoder, name: str, seen: dict[str, tuple[Tensor, Tensor]], where: int | list[int]) -> Tensor:
+    """(examples, width) of a layer, or (examples x positions, width), on the CPU."""
+    if name.endswith(ENTROPY):
+        entropies = attention_entropy(model, int(name.split(".")[1]), seen, where if isinstance(where, list) else [where])
+        return entropies.flatten(0, 1).cpu()
+    y = seen[name][1].detach()[:, where]  # copied below: a view would keep all positions alive
+    return (y.flatten(0, 1) if isinstance(where, list) else y).to("cpu", torch.float32, copy=True)
 
 
 def _gathered(activations: dict[str, list[Tensor]]) -> dict[str, Tensor]:

@@ -26,8 +26,8 @@ SHARDED = ("fsdp", "hsdp")
 def parallelize(model: nn.Module, blocks: Iterable[nn.Module], cfg: TrainingConfig, device: torch.device) -> nn.Module:
     """What to train through: the model itself, DDP around it, or FSDP2 in it; `blocks`, its layers, compiled where asked.
 
-    FSDP2 (HSDP: inside of each machine) shards each block as a group; the rest stays with the root, whose forward needs the whole head weight for the
-    chunked loss.
+    FSDP2 (HSDP: inside of each machine) shards each block as a group; the rest stays with the root, whose forward needs the
+    whole head weight for the chunked loss.
     """
     if choose_compile(cfg.compile, device):
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # what is looked at in float32 is meant to be exact

@@ -133,6 +133,7 @@ def test_a_run_cannot_be_named_out_of_its_folder(tmp_path, tree, name):
                                        ("fabric_checkpoint_filename", "../../x.pt"),
                                        ("evaluation.eval_results_dir", "x/y"), ("run_name", "x" * 300), ("run_name", "\ud800"),
                                        ("learning_dynamics.sequence_idx", 16), ("learning_dynamics.sequence_idx", -17),
+                                       ("learning_dynamics.sequence_idx", []), ("learning_dynamics.sequence_idx", [0, 16]),
                                        ("learning_dynamics.layer_suffixes", []))),
                                    ("data.dataset.name=" + "x" * 300,), ("training.start_from=" + "x" * 300,),
                                    (f"training.seed={2 ** 70}",), ("model.relora.lora_alpha=1e300",), ("model.relora.r=1e11",),

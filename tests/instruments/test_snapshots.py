@@ -12,12 +12,13 @@ import torch.nn.functional as F
 
 import lab
 from checkpoint import extend, read_manifest, torch_writer, verify
-from config import LearningDynamicsConfig, config_from_dict
+from config import ConfigError, LearningDynamicsConfig, config_from_dict
 from data import TokenDataset
 from hub.llama import plain_state
 from instruments import snapshots
 from model import PicoDecoder
 from relora import apply_relora, relora_layers
+from runtime import kernels
 
 SUFFIXES = ["attention.v_proj", "attention.o_proj", "swiglu.w_2"]
 LAYERS = [f"layers.{i}.{suffix}" for i in range(2) for suffix in SUFFIXES]
@@ -87,13 +88,14 @@ def outputs_of(plain, ids):
         found[f"{name}.attention.v_proj"] = v
         q, k, v = rotate(heads(q, H)), *(t.repeat_interleave(H // K, 1) for t in (rotate(heads(k, K)), heads(v, K)))
         scores = (q @ k.transpose(-1, -2) / size ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        found[f"{name}.attention.entropy"] = torch.special.entr(scores.softmax(-1)).sum(-1).transpose(1, 2)
         y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1)
         found[f"{name}.attention.o_proj"] = y @ w[f"{name}.attention.o_proj.weight"].T
         x = x + found[f"{name}.attention.o_proj"]
         h = norm(x, f"{name}.swiglu_norm")
         gate, up = (h @ w[f"{name}.swiglu.{leaf}.weight"].T for leaf in ("w_0", "w_1"))
         found[f"{name}.swiglu.w_2"] = (gate * gate.sigmoid() * up) @ w[f"{name}.swiglu.w_2.weight"].T
-        x = x + found[f"{name}.swiglu.w_2"]
+        found[f"{name}.residual"] = x = x + found[f"{name}.swiglu.w_2"]
     return found
 
 
@@ -139,6 +141,34 @@ def test_activations_are_those_of_a_forward_by_hand(made, position):
     assert list(found) == LAYERS
     for name in LAYERS:
         assert_close(found[name], expected[name][:, position], 1e-5)
+
+
+def test_several_positions_are_rows_of_each_example_in_turn(made):
+    model, _, _, rows = made
+    found = snapshot(model, rows, sequence_idx=[3, -1, 0])["activations"]
+    for name in LAYERS:
+        alone = [snapshot(model, rows, sequence_idx=position)["activations"][name] for position in (3, -1, 0)]
+        assert torch.equal(found[name], torch.stack(alone, 1).flatten(0, 1))
+
+
+def test_the_residual_stream_and_the_entropy_of_attention_are_those_by_hand(dataset):
+    model, cfg, plain, rows = make("relora", dataset)
+    options = LearningDynamicsConfig(layer_suffixes=["residual", "attention.entropy", "swiglu.w_2"], sequence_idx=[0, 5])
+    found = snapshots.snapshot(model, rows, options, torch.device("cpu"))
+    assert set(found["activations"]) == set(snapshots.widths(model, options.layer_suffixes))
+    assert not any("residual" in name or "entropy" in name for kind in ("weights", "gradients") for name in found[kind])
+    expected = outputs_of(plain, ids_of(rows)[:, :-1])
+    for name in (f"layers.{layer}.{kind}" for layer in range(cfg.model.n_layers) for kind in ("residual", "attention.entropy")):
+        kept = found["activations"][name].unflatten(0, (len(rows), 2))
+        assert_close(kept, expected[name][:, [0, 5]], 1e-5)
+        assert kept[:, 1].abs().max() > 0.1 and (kept[:, 0].abs().max() == 0) == ("entropy" in name)  # the first sees itself alone
+
+
+def test_the_entropy_of_another_attention_is_refused(dataset, monkeypatch):
+    model, _, _, rows = make("full-rank", dataset)
+    monkeypatch.setattr(kernels, "causal_attention", lambda q, k, v, real=kernels.causal_attention: real(2 * q, k, v))
+    with pytest.raises(ConfigError, match="attention.entropy is of softmax"):
+        snapshots.snapshot(model, rows, LearningDynamicsConfig(layer_suffixes=["attention.entropy"]), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("size", [1, 3])
