@@ -37,6 +37,8 @@ from instruments.components import KINDS, AnalysisError, Request, Row, target_of
 from instruments.landscape import barrier, loss_along
 from instruments.measures import SINGLE
 from instruments.measuring import analyse, rows_against
+from instruments.pairs import pairs
+from instruments.record import training_record
 from instruments.results import Results, as_text, table_text
 from instruments.similarity import MEASURES, OVERLAPS, PAIRED
 from instruments.snapshots import Snapshots
@@ -127,8 +129,11 @@ def compare(runs: dict[str, Snapshots], plan: Plan, out: Path, device: torch.dev
     results = Results(out, chosen=True)
     tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis", device) for label, run in runs.items()}
     write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], results)
-    page = report.write_comparison({label: run.path for label, run in runs.items()}, tables, arms(runs), results, panels)
-    for line in as_text(*report.run_table({label: run.path for label, run in runs.items()}, tables)).splitlines():
+    paths = {label: run.path for label, run in runs.items()}
+    paired = pairs(paths, {label: run.config for label, run in runs.items()},
+                   {label: training_record(path) for label, path in paths.items()})
+    page = report.write_comparison(paths, tables, arms(runs), paired, results, panels)
+    for line in [*as_text(*report.run_table(paths, tables)).splitlines(), *(pair.told for pair in paired)]:
         print(printable(line))
     print(printable(f"open {page}"))
 

@@ -278,13 +278,15 @@ def draw_band(axis, points: list[tuple[int, Interval]], colour: str, label: str)
         axis.fill_between(steps, [span.low for span in spans], [span.high for span in spans], color=colour, alpha=0.2)
 
 
-def plot_bands(plt, found: dict[str, list[tuple[int, Interval]]], label: str, log: bool = False):
+def plot_bands(plt, found: dict[str, list[tuple[int, Interval]]], label: str, log: bool = False, zero: bool = False):
     if not any(found.values()):
         return None
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for number, (arm, points) in enumerate(found.items()):
         draw_band(axis, points, f"C{number}", plain(arm))
     axis.set_ylabel(label)
+    if zero:
+        axis.axhline(0, color="0.6", linewidth=0.8)
     if log:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")

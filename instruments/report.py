@@ -23,6 +23,7 @@ from instruments.landscape import Point, barrier
 from instruments.panels import COLUMN, Panels, alone, sheet
 from instruments.plots import (CHAPTERS, CIRCUIT, LABELS, RANKS, Line, axis_label, bands, curves, layer_lines, part_of,
                                plot_bands, plot_heat, plot_losses, plot_path, plot_spectra, plot_training, pyplot, run_line)
+from instruments.pairs import Pair
 from instruments.record import Curves, fork_of, training_record
 from instruments.results import Results, table_text
 from instruments.similarity import MEASURES, PAIRED
@@ -245,8 +246,8 @@ def loss_bands(plt, arms: dict[str, list[Curves]]):
     return plot_bands(plt, found, "training loss (nats a token, log scale)", log=True)
 
 
-def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], arms: dict[str, list[str]], results: Results,
-                     panels: bool = False) -> Path:
+def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], arms: dict[str, list[str]], paired: list[Pair],
+                     results: Results, panels: bool = False) -> Path:
     """Overlay several runs' analyses; returns the page. Runs of one of the `arms` {its name: runs} are drawn as one.
 
     Lines are means over layers and runs, and shades their range; the losses' shades are intervals of the mean.
@@ -259,6 +260,12 @@ def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], arms: 
     if len(arms) < len(runs):
         page.chapter("Seeds", "Runs that differ in nothing but their seed are one arm: mean and 95 % interval (Student's t).",
                      page.picture("arms", loss_bands(plt, {a: [records[run] for run in of] for a, of in arms.items()})))
+    if paired:
+        bands_of = {f"{pair.names[0]} - {pair.names[1]}": pair.band for pair in paired}
+        page.chapter("Paired", "Runs that share an ancestor and go on with the same batches: differences of their training "
+                     "losses, means of some steps each with 95 % intervals that take steps for independent.",
+                     page.picture("paired", plot_bands(plt, bands_of, "difference of training losses (nats a token)", zero=True)),
+                     "".join(f"<p>{escape(pair.told)}" for pair in paired))
     for data in dict.fromkeys([*CHAPTERS, *(row["data"] for rows in tables.values() for row in rows)]):
         found = []
         for metric in LABELS:

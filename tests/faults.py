@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 MOUNTS = ("a quota that shows at close", "no fsync of folders", "no blocks told", "rename replaces nothing")
-SECONDS = 40  # after which a try hangs
+SECONDS = 120  # after which a try hangs
 LINE = re.compile(r"error: .*(\.\w+|/)")
 
 

@@ -2,12 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from scipy import stats
 
 import lab
 from config import load_config
 from hub.llama import plain_state
+from instruments.pairs import pairs
+from instruments.record import training_record
 from relora import has_adapters
 
 FORK = "training.fork_from={}/{}/checkpoints/step_10"
@@ -129,3 +134,30 @@ def test_a_source_that_cannot_be_had_is_told(runs, tmp_path):
 def test_other_data_are_refused(runs, tmp_path):
     other = lab.make_dataset(tmp_path / "other", seed=3)
     assert "holds other tokens" in fork(runs, "other", f"data.dataset.name={other}", code=2)
+
+
+# ---- pairs ---------------------------------------------------------------------------------------------------------
+
+def test_runs_that_share_an_ancestor_are_compared_on_the_same_batches(runs):
+    some = ("evaluation.metrics=null", "checkpointing.learning_dynamics.max_rows=2", "checkpointing.learning_dynamics.eval_data=null")
+    runs.train("origin", *some)
+    for name, source, step, lr in (("fast", "origin", 10, 2e-2), ("slow", "origin", 5, 5e-3), ("child", "fast", 15, 1e-2)):
+        runs.train(name, *some, f"training.fork_from={runs.folder}/{source}/checkpoints/step_{step}",
+                   f"training.optimization.lr={lr}")
+    runs.train("other", *some, "data.dataloader.first_row=8")
+    paths = {name: runs.folder / name for name in ("origin", "fast", "slow", "child", "other")}
+    configs = {name: yaml.safe_load((path / "training_config.yaml").read_text()) for name, path in paths.items()}
+    found = {pair.names: pair for pair in pairs(paths, configs, {name: training_record(path) for name, path in paths.items()})}
+    assert {names: pair.parted for names, pair in found.items()} == {
+        ("fast", "origin"): 10, ("slow", "origin"): 5, ("child", "origin"): 10, ("slow", "fast"): 5, ("child", "fast"): 15,
+        ("child", "slow"): 5}
+    losses = {name: runs.metrics(name) for name in paths}
+    a, b = ([losses[name][step] for step in range(11, 21)] for name in ("fast", "origin"))
+    whole = found["fast", "origin"].whole
+    assert whole.mean == pytest.approx(np.mean(np.subtract(a, b))) and whole.p == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    assert [step for step, _ in found["fast", "origin"].band] == [12, 14, 16, 18, 20]
+    assert found["fast", "origin"].band[0][1].mean == pytest.approx((a[0] - b[0] + a[1] - b[1]) / 2)
+    said = lab.call("analyze.py", "compare", paths["origin"], paths["fast"], "--out", runs.folder / "compared")
+    assert "fast - origin, the same batches since step 10: " in said and (runs.folder / "compared/figures/paired.png").exists()
+    assert "fast - origin, the same batches since step 10: " in (runs.folder / "compared/report.html").read_text()
+    assert [line.split()[0] for line in said.splitlines()[-5:-2]] == ["run", "origin", "fast"]
