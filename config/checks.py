@@ -93,8 +93,8 @@ def warnings(cfg: Config, world: int, device: str) -> list[str]:
     """What is allowed but rarely meant, one sentence each, on `world` ranks of `device` (cuda, cpu, mps)."""
     optimization, relora, fabric, found = cfg.training.optimization, cfg.model.relora, cfg.training.fabric, []
     if fabric.num_nodes * fabric.num_devices not in (1, world):
-        found.append(f"training.fabric: {fabric.num_nodes} x {fabric.num_devices} devices are configured, but torchrun "
-                     f"started {world}; these are used")
+        found.append(f"training.fabric: {fabric.num_nodes} x {fabric.num_devices} devices are configured, and "
+                     f"{world} process{'es were' if world > 1 else ' was'} started: these are used")
     if fabric.accelerator not in ("auto", device):
         found.append(f"training.fabric.accelerator: no {fabric.accelerator} here; training on {device}")
     if optimization.lr_warmup_steps >= cfg.training.max_steps:

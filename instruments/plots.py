@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -75,7 +76,8 @@ def panels(plt, rows: int, columns: int, height: float, *, top: float = 0.65, ri
 
 
 def head(figure, title: str) -> None:
-    figure.suptitle(title, y=1 - 0.1 / figure.get_size_inches()[1], verticalalignment="top")
+    characters = int(figure.get_size_inches()[0] * 11)  # of a line: more would be cut at both ends
+    figure.suptitle(textwrap.fill(title, characters), y=1 - 0.1 / figure.get_size_inches()[1], verticalalignment="top")
 
 
 def over_steps(axis) -> None:
@@ -273,7 +275,8 @@ def draw_band(axis, points: list[tuple[int, Interval]], colour: str, label: str)
     if not points:
         return
     steps, spans = zip(*points)
-    axis.plot(steps, [span.mean for span in spans], color=colour, linewidth=1.2, label=label)
+    axis.plot(steps, [span.mean for span in spans], color=colour, linewidth=1.2, label=label,
+              marker="o" if len(steps) < 3 else None)
     if all(span.low is not None for span in spans):
         axis.fill_between(steps, [span.low for span in spans], [span.high for span in spans], color=colour, alpha=0.2)
 

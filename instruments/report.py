@@ -30,6 +30,7 @@ from instruments.similarity import MEASURES, PAIRED
 from runtime.log import log, printable
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
+.wide{overflow-x:auto}
 figure{margin:1em 0 2em}figcaption,.note{color:#555}table{border-collapse:collapse;font-size:13px;margin:1em 0}
 td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
 nav a{margin-right:1.2em}"""
@@ -111,7 +112,7 @@ def table(head: list[str], body: Iterable[list[Any]]) -> str:
     def cell(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
     lines = "".join(f"<tr>{''.join(f'<td>{cell(v)}' for v in line)}" for line in body)
-    return f"<table><tr>{''.join(f'<th>{escape(h)}' for h in head)}{lines}</table>" if lines else ""
+    return f"<div class=wide><table><tr>{''.join(f'<th>{escape(h)}' for h in head)}{lines}</table></div>" if lines else ""
 
 
 def rank_table(rows: list[Row], data: str = "updates since the start") -> str:
@@ -128,6 +129,11 @@ def rank_table(rows: list[Row], data: str = "updates since the start") -> str:
     return table(["effective (numerical) rank at step", *map(str, steps)], body)
 
 
+def by_layer(line: tuple[str, Any]) -> tuple[int, str]:
+    """Layers in their order: layers.10 comes after layers.9."""
+    return int(line[0].split(".")[1]), line[0]
+
+
 def last_table(rows: list[Row], data: str = "weights") -> str:
     """Every measure that was asked for, a line a layer, at the last step."""
     last = max((r["step"] for r in rows if r["data"] == data), default=None)
@@ -137,7 +143,7 @@ def last_table(rows: list[Row], data: str = "weights") -> str:
             lines[row["component"]][row["metric"]] = "undefined" if row["value"] is None else float(row["value"])
     metrics = [m for m in LABELS if any(m in found for found in lines.values())]
     return table([f"at step {last}", *(LABELS[m] for m in metrics)],
-                 [[name, *(found.get(m, "") for m in metrics)] for name, found in lines.items()])
+                 [[name, *(found.get(m, "") for m in metrics)] for name, found in sorted(lines.items(), key=by_layer)])
 
 
 def undefined_table(rows: list[Row]) -> str:

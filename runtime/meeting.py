@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
 import uuid
@@ -29,6 +30,7 @@ from config import UserError
 POLL_SECONDS = 0.05
 BEAT_SECONDS = 2.0
 ANSWER_SECONDS = 10.0  # for the store, to those who ask for the silent
+LAUNCHER_SECONDS = 20  # for a launcher whose store is gone, to end by itself
 TELLING = "telling"  # the state of a rank that ends because another is gone
 
 
@@ -111,26 +113,42 @@ class Heartbeat:
         """Which ranks are gone: those that do not tell any more; where all do, those that others have waited for."""
         # what one rank has done, all have taken part in
         since = "since before the first step" if self.step is None else f"since step {self.step}"
-        try:
-            before = self._read()
-            time.sleep(2.5 * BEAT_SECONDS)
-            after = self._read()
-            self._state = TELLING
-            self._beat()
-        except RuntimeError:
+        found: list[list[list[Any]]] = []
+        asking = threading.Thread(target=self._ask, args=(found,), daemon=True)  # a store that is cut off may never answer
+        asking.start()
+        asking.join(2.5 * BEAT_SECONDS + ANSWER_SECONDS)
+        if len(found) < 2:
+            _end_launcher()
             keeper = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             return Lost(f"{keeper}, where the ranks meet, does not answer (its network or process is gone): nothing {since}")
+        before, after = found
         silent = [r for r in range(self.world) if r != self.rank and before[r][2] == after[r][2] and after[r][3] != TELLING]
         behind = [r for r in range(self.world) if r != self.rank and after[r][1] < self.votes and after[r][3] != TELLING]
-        found = silent or behind
-        if not found:
+        gone = silent or behind
+        if not gone:
             return Lost(f"the network between the ranks failed, though all of them are alive; {since}")
-        hosts = sorted({after[r][0] for r in found})
+        hosts = sorted({after[r][0] for r in gone})
         how = "nothing" if silent else "alive, but did not come to the others"
-        return Lost(f"{named(found)} on {', '.join(hosts)}: {how} {since}; start again to go on from the checkpoint", found)
+        return Lost(f"{named(gone)} on {', '.join(hosts)}: {how} {since}; start again to go on from the checkpoint", gone)
+
+    def _ask(self, found: list[list[list[Any]]]) -> None:
+        """Twice what all ranks told, some beats apart; and then that this one is about to end."""
+        with contextlib.suppress(RuntimeError):
+            found.append(self._read())
+            time.sleep(2.5 * BEAT_SECONDS)
+            found.append(self._read())
+            self._state = TELLING
+            self._beat()
 
     def close(self) -> None:
         self._done.set()
+
+
+def _end_launcher() -> None:
+    """Have this machine's torchrun killed in a while: without the store, which it waits for, it can do nothing, nor end."""
+    if os.name == "posix" and "TORCHELASTIC_RUN_ID" in os.environ:
+        subprocess.Popen(["sh", "-c", f"sleep {LAUNCHER_SECONDS}; kill -9 {os.getppid()}"], start_new_session=True,
+                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def is_broken(error: BaseException) -> bool:

@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -72,6 +74,38 @@ def test_who_did_not_come_is_named(store):
 
 def test_ranks_in_words():
     assert [meeting.named(ranks) for ranks in ([3], [0, 1, 2], [9, 0, 8, 1, 5])] == ["rank 3", "ranks 0-2", "ranks 0-1, 5, 8-9"]
+
+
+KEEPER = """
+import time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_store_that_answers_no_more_is_said_and_not_waited_for(tmp_path, monkeypatch):
+    """As on a machine whose network is cut: no connection is refused, and none answers."""
+    keeper = subprocess.Popen([sys.executable, "-c", KEEPER], stdout=subprocess.PIPE, text=True)
+    try:
+        port = keeper.stdout.readline().strip()
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port), ("RANK", "1"), ("WORLD_SIZE", "2"),
+                            ("TORCHELASTIC_USE_AGENT_STORE", "True")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(meeting, "BEAT_SECONDS", 0.2)
+        monkeypatch.setattr(meeting, "ANSWER_SECONDS", 1.0)
+        heartbeat = meeting.Heartbeat("x", 1, 2)
+        heartbeat.step = 7
+        lab.send(keeper.pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        said = str(heartbeat.lost())
+        assert time.monotonic() - begun < 10
+        assert said == f"127.0.0.1:{port}, where the ranks meet, does not answer (its network or process is gone): nothing since step 7"
+        heartbeat.close()
+    finally:
+        lab.send(keeper.pid, signal.SIGKILL)
+        keeper.wait()
 
 
 # ---- two agents ----------------------------------------------------------------------------------------------------
