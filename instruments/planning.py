@@ -171,7 +171,10 @@ def tell(state: Any, train_step: Callable) -> None:
     cfg, model = state.cfg, state.model
     rows, parts = snapshot_rows(cfg), parts_of(model, state.optimizers)
     kinds = disk(cfg, model, parts, rows)
-    found = dist.all_gather_object(trial(state, train_step, rows))
+    micro, _ = cfg.micro_batches(dist.world_size())
+    log.info(f"measuring a few micro-batches of {micro} rows of {cfg.model.max_seq_len} tokens on {state.device.type} ...")
+    with machine.advice(micro):
+        found = dist.all_gather_object(trial(state, train_step, rows))
     slowest = Trial(*(max(values) for values in zip(*found)))
     if state.device.type == "cpu":  # rank 0 also holds a checkpoint's copy, or a snapshot, while it is written
         copy = max(parts.weights + parts.moments, *(kinds[kind][1] for kind in kinds))

@@ -31,14 +31,19 @@ POLL_SECONDS = 0.05
 BEAT_SECONDS = 2.0
 ANSWER_SECONDS = 10.0  # for the store, to those who ask for the silent
 LAUNCHER_SECONDS = 20  # for a launcher whose store is gone, to end by itself
+NEVER = ["an unknown machine", 0, 0, ""]  # told by a rank that was gone before its first beat
 TELLING = "telling"  # the state of a rank that ends because another is gone
 
 
 def connect(timeout: datetime.timedelta) -> torch_dist.Store:
-    """The launcher's store: torchrun's, which lives through restarts; of other launchers rank 0's own."""
+    """The launcher's store: torchrun's, which lives through restarts; of other launchers rank 0's own. Raises UserError."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     keeper = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and int(os.environ["RANK"]) == 0
-    return torch_dist.TCPStore(host, port, is_master=keeper, timeout=timeout, wait_for_workers=False, multi_tenant=keeper)
+    try:
+        return torch_dist.TCPStore(host, port, is_master=keeper, timeout=timeout, wait_for_workers=False, multi_tenant=keeper)
+    except RuntimeError as error:
+        why = "its port is taken: give this job another MASTER_PORT" if keeper else "rank 0 does not answer there"
+        raise UserError(f"{host}:{port}, where the ranks meet: {why} ({str(error).splitlines()[0][:200]})") from None
 
 
 def meet(store: torch_dist.Store, rank: int, world: int, timeout: datetime.timedelta) -> str:
@@ -107,7 +112,10 @@ class Heartbeat:
                 self._beat()
 
     def _read(self) -> list[list[Any]]:
-        return [json.loads(beat) for beat in self._store.multi_get([f"beat/{rank}" for rank in range(self.world)])]
+        keys = [f"beat/{rank}" for rank in range(self.world)]
+        if self._store.check(keys):
+            return [json.loads(beat) for beat in self._store.multi_get(keys)]
+        return [json.loads(self._store.get(key)) if self._store.check([key]) else NEVER for key in keys]
 
     def lost(self) -> Lost:
         """Which ranks are gone: those that do not tell any more; where all do, those that others have waited for."""

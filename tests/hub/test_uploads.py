@@ -210,6 +210,30 @@ def test_every_step_has_a_tag_that_serves_what_the_run_wrote(uploaded, hub):
             if "train/loss" in line and line["step"] <= step]
 
 
+def dense(dataset, tmp_path, hub, last, *words):
+    """Titles of the commits of a run of `last` steps whose every step has a snapshot, and but the ends no training state."""
+    words = (f"training.max_steps={last}", "training.stop_at_step=null", f"checkpointing.save_every_n_steps={last}",
+             f"checkpointing.learning_dynamics.steps={list(range(1, last))}".replace(" ", ""), "evaluation.metrics=null",
+             "checkpointing.learning_dynamics.max_rows=2", *words)
+    lab.forked("train.py", config(dataset, tmp_path, **sending()), *words, env=hub.env(tmp_path / "hf"))
+    assert {tag for _, tag in hub.tags} == {f"step-{step}" for step in range(last + 1)}
+    return [commit["title"] for commit in hub.commits["models/lab/model", "run"]]
+
+
+def test_a_dense_step_is_a_commit_for_each_of_its_splits(dataset, tmp_path, hub):
+    titles = dense(dataset, tmp_path, hub, 3)
+    kinds = [title for title in titles if title.endswith(" -- Step 2")]
+    assert sorted(kinds) == [f"Saving Learning Dynamics Data ({split}) -- Step 2" for split in ("train", "val")]
+    served = hub.at("models/lab/model", "step-2")
+    assert {"model.safetensors", "learning_dynamics/train_weights.pt", "learning_dynamics/val_weights.pt"} <= served.keys()
+
+
+def test_sixty_dense_steps_stay_below_the_hubs_limit(dataset, tmp_path, hub):
+    titles = dense(dataset, tmp_path, hub, 61, "checkpointing.learning_dynamics.eval_data=null")
+    assert len(titles) == 1 + 2 + 3 + 60 + 3 < uploads.COMMITS_PER_HOUR
+    assert "learning_dynamics/train_weights.pt" in hub.at("models/lab/model", "step-60")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "training_state/checkpoint.pt"])
 def test_one_flipped_byte_on_the_hub_is_found(uploaded, hub, name):
     run, env = uploaded

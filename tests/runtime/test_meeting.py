@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -106,6 +107,21 @@ def test_a_store_that_answers_no_more_is_said_and_not_waited_for(tmp_path, monke
     finally:
         lab.send(keeper.pid, signal.SIGKILL)
         keeper.wait()
+
+
+def test_a_place_where_nobody_meets_and_one_that_is_taken_are_said(monkeypatch, store):
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with pytest.raises(UserError, match="127.0.0.1:1, where the ranks meet: rank 0 does not answer there"):
+        meeting.connect(datetime.timedelta(seconds=1))
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(UserError, match="its port is taken: give this job another MASTER_PORT"):
+            meeting.connect(datetime.timedelta(seconds=1))
 
 
 # ---- two agents ----------------------------------------------------------------------------------------------------
