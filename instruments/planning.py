@@ -176,8 +176,8 @@ def tell(state: Any, train_step: Callable) -> None:
     with machine.advice(micro):
         found = dist.all_gather_object(trial(state, train_step, rows))
     slowest = Trial(*(max(values) for values in zip(*found)))
-    if state.device.type == "cpu":  # rank 0 also holds a checkpoint's copy, or a snapshot, while it is written
-        copy = max(parts.weights + parts.moments, *(kinds[kind][1] for kind in kinds))
+    if state.device.type == "cpu":  # rank 0 also holds what is written, in a thread whose memory is kept for it
+        copy = parts.weights + parts.moments + sum(kinds[kind][1] for kind in ("weights", "snapshots") if kind in kinds)
         slowest = slowest._replace(memory=max(found[0].memory + copy, slowest.memory))
     lines = [f"parameters   {parameters(model)}", f"memory       {memory(cfg, state.device, parts, slowest.memory)}",
              f"disk         {sum(n * size for n, size in kinds.values()) / 1e9:,.2f} GB: {told(kinds)}; "

@@ -131,7 +131,8 @@ def rank_table(rows: list[Row], data: str = "updates since the start") -> str:
 
 def by_layer(line: tuple[str, Any]) -> tuple[int, str]:
     """Layers in their order: layers.10 comes after layers.9."""
-    return int(line[0].split(".")[1]), line[0]
+    layer = re.search(r"layers\.(\d+)", line[0])
+    return int(layer[1]) if layer else -1, line[0]
 
 
 def last_table(rows: list[Row], data: str = "weights") -> str:

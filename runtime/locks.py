@@ -52,7 +52,7 @@ class RunLock:
         """What the file holds: nothing if it is not there, None if even its folder is not. Raises Unreadable."""
         try:
             return files.read_text(self.path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return "" if self.folder.is_dir() else None
 
     def _refuse_if_alive(self) -> None:
