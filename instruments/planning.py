@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,10 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import checkpoint
 from config import Config
 from data import DataError, TokenDataset
+from hub import architecture
+from hub.folders import write_safetensors
+from hub.llama import plain_state
 from instruments import snapshots
-from relora import has_adapters, relora_layers
+from relora import ReLoRALinear, has_adapters, relora_layers
 from runtime import dist, machine
 from runtime.files import free_bytes
 from runtime.log import log
@@ -64,16 +69,21 @@ def disk(cfg: Config, model: nn.Module, parts: Parts, rows: dict[str, int], firs
 
 def snapshot_bytes(cfg: Config, model: nn.Module, rows: int, with_weights: bool) -> int:
     """Of one split's; weights are written once, and linked by the other split."""
-    dynamics = cfg.checkpointing.learning_dynamics
-    positions = len(dynamics.sequence_idx) if isinstance(dynamics.sequence_idx, list) else 1
-    size = rows * ((cfg.model.max_seq_len + 1) * (8 + TEXT_BYTES)
-                   + 4 * positions * sum(snapshots.widths(model, dynamics.layer_suffixes).values()))
-    for layer in snapshots.chosen_layers(model, dynamics.layer_suffixes).values():
+    size = rows * row_bytes(cfg, model)
+    for layer in snapshots.chosen_layers(model, cfg.checkpointing.learning_dynamics.layer_suffixes).values():
         whole = 4 * layer.in_features * layer.out_features
-        factors = 4 * getattr(layer, "r", 0) * (layer.in_features + layer.out_features)
+        factors = layer.lora_A.nbytes + layer.lora_B.nbytes if isinstance(layer, ReLoRALinear) else 0
         base = whole if factors and layer.weight is not None else 0
         size += (whole + factors) + with_weights * (whole + factors + base)
     return size
+
+
+def row_bytes(cfg: Config, model: nn.Module) -> int:
+    """Of one row in a snapshot: its tokens, their text, its activations."""
+    dynamics = cfg.checkpointing.learning_dynamics
+    positions = len(dynamics.sequence_idx) if isinstance(dynamics.sequence_idx, list) else 1
+    return ((cfg.model.max_seq_len + 1) * (8 + TEXT_BYTES)
+            + 4 * positions * sum(snapshots.widths(model, dynamics.layer_suffixes).values()))
 
 
 def snapshot_rows(cfg: Config) -> dict[str, int]:
@@ -132,26 +142,54 @@ class Trial(NamedTuple):
 
 
 def trial(state: Any, train_step: Callable, rows: dict[str, int]) -> Trial:
-    """Train, evaluate and look on made-up rows, a micro-batch or two of each, and count on from there."""
+    """What a run does, in its order, on made-up rows, a micro-batch or two of each; and count on from there."""
     cfg, model, device = state.cfg, state.model, state.device
-    (micro, accumulation), ranks = cfg.micro_batches(dist.world_size()), dist.world_size()
+    (micro, accumulation), ranks, metrics = cfg.micro_batches(dist.world_size()), dist.world_size(), cfg.evaluation.metrics or ()
+    evaluating = look = left = 0.0
+    architecture.not_llama(cfg.model)
+    write_nowhere(state)
+    if metrics:
+        some, val = made_up(cfg, max(getattr(cfg.evaluation, name).batch_size for name in metrics), device), cfg.evaluation.val
+        with torch.no_grad(), eval_mode(model, device):
+            took = seconds(lambda: model(some[:, :-1], some[:, 1:]), device)
+        evaluating = took * (val.max_rows or 0) / len(some) / ranks if "val" in metrics else 0.0
+    held = []  # as while it is written
+    for count in rows.values():
+        dynamics = cfg.checkpointing.learning_dynamics
+        some = made_up(cfg, min(dynamics.batch_size * ranks, count), device).cpu().numpy()
+        took = seconds(lambda: held.append(snapshots.snapshot(model, some, dynamics, device)), device)
+        look += took * count / len(some)
+        left += (count - len(some)) * row_bytes(cfg, model) * (dist.rank() == 0)
     batch = [(number, made_up(cfg, micro, device)) for number in range(min(2, accumulation))]
     train_step(state, batch)  # compiles, and makes the optimizer's state
     one, two = (statistics.median(seconds(lambda: train_step(state, some), device) for _ in range(ROUNDS)) for some in
                 (batch[:1], batch))
-    metrics, val = cfg.evaluation.metrics or (), cfg.evaluation.val
-    evaluating = look = 0.0
-    if metrics:
-        some = made_up(cfg, max(getattr(cfg.evaluation, name).batch_size for name in metrics), device)
-        with torch.no_grad(), eval_mode(model, device):
-            took = seconds(lambda: model(some[:, :-1], some[:, 1:]), device)
-        evaluating = took * (val.max_rows or 0) / len(some) / ranks if "val" in metrics else 0.0
-    if rows:
-        dynamics = cfg.checkpointing.learning_dynamics
-        some = made_up(cfg, min(dynamics.batch_size * ranks, max(rows.values())), device).cpu().numpy()
-        look = seconds(lambda: snapshots.snapshot(model, some, dynamics, device), device) * sum(rows.values()) / len(some)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else machine.peak_memory()
+    write_nowhere(state)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else machine.peak_memory() + int(left)
     return Trial(one + (accumulation - 1) * max(0.0, two - one), evaluating, look, memory)
+
+
+class Nowhere:
+    """A file that keeps nothing."""
+
+    def write(self, data: Any) -> int:
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        pass
+
+
+def write_nowhere(state: Any) -> None:
+    """What a checkpoint takes besides its disk: a copy of everything, written in a thread."""
+    whole = checkpoint.gather_state(state.model, state.optimizers)
+
+    def write() -> None:
+        write_safetensors(Nowhere(), plain_state(whole["model"], state.cfg.model))
+        checkpoint.torch_writer(whole).write(Nowhere())
+    if dist.rank() == 0:
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -176,9 +214,6 @@ def tell(state: Any, train_step: Callable) -> None:
     with machine.advice(micro):
         found = dist.all_gather_object(trial(state, train_step, rows))
     slowest = Trial(*(max(values) for values in zip(*found)))
-    if state.device.type == "cpu":  # rank 0 also holds what is written, in a thread whose memory is kept for it
-        copy = parts.weights + parts.moments + sum(kinds[kind][1] for kind in ("weights", "snapshots") if kind in kinds)
-        slowest = slowest._replace(memory=max(found[0].memory + copy, slowest.memory))
     lines = [f"parameters   {parameters(model)}", f"memory       {memory(cfg, state.device, parts, slowest.memory)}",
              f"disk         {sum(n * size for n, size in kinds.values()) / 1e9:,.2f} GB: {told(kinds)}; "
              f"{free_bytes(Path(cfg.checkpointing.runs_dir)) / 1e9:,.1f} GB free",
