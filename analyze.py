@@ -130,10 +130,10 @@ def compare(runs: dict[str, Snapshots], plan: Plan, out: Path, device: torch.dev
     tables = {label: analyse(run, plan.requests, plan.steps(run), run.path / "analysis", device) for label, run in runs.items()}
     write_tables([{"run": label} | row for label, rows in tables.items() for row in rows], results)
     paths = {label: run.path for label, run in runs.items()}
-    paired = pairs(paths, {label: run.config for label, run in runs.items()},
-                   {label: training_record(path) for label, path in paths.items()})
-    page = report.write_comparison(paths, tables, arms(runs), paired, results, panels)
-    for line in [*as_text(*report.run_table(paths, tables)).splitlines(), *(pair.told for pair in paired)]:
+    records = {label: training_record(path) for label, path in paths.items()}
+    paired = pairs(paths, {label: run.config for label, run in runs.items()}, records)
+    page = report.write_comparison(records, tables, arms(runs), paired, results, panels)
+    for line in [*as_text(*report.run_table(records, tables)).splitlines(), *(pair.told for pair in paired)]:
         print(printable(line))
     print(printable(f"open {page}"))
 

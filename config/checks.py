@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -83,9 +84,13 @@ def _check_names(cfg: Config, values: dict[str, Any], require: Any) -> None:
 
 def check_strategy(cfg: Config, world: int) -> None:
     """Raise ConfigError for what torch cannot do on `world` ranks."""
-    relora = cfg.model.relora
-    if (cfg.training.optimization.optimizer, cfg.training.strategy) == ("muon", "fsdp") and relora and relora.r < world:
-        raise ConfigError(f"model.relora.r: {relora.r} rows cannot be sharded over {world} ranks for muon; use r={world} or "
+    relora, local = cfg.model.relora, int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if cfg.training.strategy == "hsdp" and world % local:
+        raise ConfigError(f"training.strategy: hsdp wants as many ranks on each machine, and {world} are not a multiple of the "
+                          f"{local} here; use fsdp")
+    shards = {"fsdp": world, "hsdp": local}.get(cfg.training.strategy, 1)
+    if cfg.training.optimization.optimizer == "muon" and relora and relora.r < shards:
+        raise ConfigError(f"model.relora.r: {relora.r} rows cannot be sharded over {shards} ranks for muon; use r={shards} or "
                           f"more, or training.strategy=ddp")
 
 

@@ -71,11 +71,14 @@ def step_commits(run: Path, folder: Path, names: Iterable[str], cfg: Checkpointi
                   if n.startswith(f"{cfg.learning_dynamics_dir}/{split}_")}
         found.append(Commit(f"Saving Learning Dynamics Data ({split}) -- Step {step}", chosen))
     found = [commit for commit in found if commit.files]
-    if len(found) > 1 and not any(n.startswith(f"{cfg.fabric_checkpoint_dir}/") for n in names):
-        # a step of snapshots alone: its weights go with the first of them, that many such steps stay below the Hub's limit
-        weights = found.pop(0)
-        found[0] = found[0]._replace(files=weights.files | found[0].files)
     snapshots = any(n.startswith(f"{cfg.learning_dynamics_dir}/") for n in names)
+    if not any(n.startswith(f"{cfg.fabric_checkpoint_dir}/") for n in names):
+        # a step of snapshots alone: its weights go with the first of them, that many such steps stay below the Hub's limit
+        if newest and not snapshots:
+            return []
+        if len(found) > 1:
+            weights = found.pop(0)
+            found[0] = found[0]._replace(files=weights.files | found[0].files)
     if snapshots or cfg.learning_dynamics is None or not newest:
         last = found[-1]
         found[-1] = last._replace(files=last.files | {MANIFEST: folder / MANIFEST}, tag=f"step-{step}")

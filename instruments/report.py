@@ -224,10 +224,10 @@ def write_path(ends: list[str], points: list[Point], results: Results) -> Path:
 
 # ---- several runs --------------------------------------------------------------------------------------------------------------
 
-def run_table(runs: dict[str, Path], tables: dict[str, list[Row]]) -> tuple[list[str], list[list[Any]]]:
+def run_table(records: dict[str, Curves], tables: dict[str, list[Row]]) -> tuple[list[str], list[list[Any]]]:
     """(head, rows) of what each run came to: tokens, losses, ranks of its update."""
     body = []
-    for name, record in ((name, training_record(run)) for name, run in runs.items()):
+    for name, record in records.items():
         def last(key: str, record=record) -> Any:
             return float(record[key][-1][1]) if record[key] else ""
         tokens = f"{record['tokens'][-1][1]:,}" if record["tokens"] else ""
@@ -253,18 +253,18 @@ def loss_bands(plt, arms: dict[str, list[Curves]]):
     return plot_bands(plt, found, "training loss (nats a token, log scale)", log=True)
 
 
-def write_comparison(runs: dict[str, Path], tables: dict[str, list[Row]], arms: dict[str, list[str]], paired: list[Pair],
+def write_comparison(records: dict[str, Curves], tables: dict[str, list[Row]], arms: dict[str, list[str]], paired: list[Pair],
                      results: Results, panels: bool = False) -> Path:
     """Overlay several runs' analyses; returns the page. Runs of one of the `arms` {its name: runs} are drawn as one.
 
     Lines are means over layers and runs, and shades their range; the losses' shades are intervals of the mean.
     """
     plt = pyplot()
-    page = Page(plt, "Runs compared: " + ", ".join(runs), results, panels)
-    records = {name: training_record(run) for name, run in runs.items()}
+    page = Page(plt, "Runs compared: " + ", ".join(records), results, panels)
     page.chapter("Training", "Lines: training loss; markers: loss on held-out rows. Time leaves out evaluation and saving. Ranks "
-                 "are means over the layers.", page.picture("loss", plot_losses(plt, records)), table(*run_table(runs, tables)))
-    if len(arms) < len(runs):
+                 "are means over the layers.", page.picture("loss", plot_losses(plt, records)),
+                 table(*run_table(records, tables)))
+    if len(arms) < len(records):
         page.chapter("Seeds", "Runs that differ in nothing but their seed are one arm: mean and 95 % interval (Student's t).",
                      page.picture("arms", loss_bands(plt, {a: [records[run] for run in of] for a, of in arms.items()})))
     if paired:

@@ -87,6 +87,7 @@ def session(device: torch.device, hang_minutes: float = 30, patience_minutes: fl
         gc.collect()  # a DDP or FSDP2 model, in whatever cycle it is, refers to the group
     if _heartbeat is not None:
         _heartbeat.close()
+        _heartbeat = _store = None
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ class RunFolder:
 
     def _check_shared(self) -> None:
         """Raise ConfigError unless all machines see one folder: what rank 0 wrote into its lock, each reads."""
-        held, end = dist.broadcast_object(self._lock.text()), time.monotonic() + SHARED_SECONDS
+        held, end = dist.on_rank0(self._lock.text), time.monotonic() + SHARED_SECONDS
         while (seen := self._lock.text()) != held and time.monotonic() < end:
             time.sleep(0.2)
         everyone = dist.all_gather_object((files.host_name(), seen == held))

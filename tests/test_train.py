@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 import checkpoint
 import lab
 import train
-from config import load_config
+from config import ConfigError, check_strategy, config_from_dict, load_config
 from data import TokenDataset
 from model import PicoDecoder
 
@@ -222,6 +223,17 @@ def test_copies_that_are_sharded_inside_of_two_machines_train_as_one_process_doe
     close(worlds.metrics("hsdp"), worlds.metrics("single"), abs=1e-4)
     close(worlds.metrics("hsdp", "trainer/grad_norm"), worlds.metrics("single", "trainer/grad_norm"), rel=1e-4)
     assert worlds.metrics("hsdp") != worlds.metrics("single")
+
+
+def test_what_cannot_be_sharded_over_these_ranks_is_refused(monkeypatch):
+    cfg = config_from_dict(lab.tiny_tree(Path("data"), Path("runs")), ["training.strategy=hsdp", "training.optimization.optimizer=muon"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    check_strategy(cfg, 8)  # each machine's 4 ranks share r = 4 rows
+    with pytest.raises(ConfigError, match="hsdp wants as many ranks on each machine, and 6 are not a multiple of the 4"):
+        check_strategy(cfg, 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match="4 rows cannot be sharded over 8 ranks for muon"):
+        check_strategy(cfg, 8)
 
 
 def test_a_micro_batch_size_is_the_accumulation_that_it_implies(worlds, here):
