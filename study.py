@@ -5,10 +5,10 @@
     python study.py config/studies/ablation.yaml --report    # the verdict on what has been run so far
 
 Every arm is first run at every rate with a seed of its own, and the rate with the lowest loss on the first `selection_rows`
-of val is taken; where that is the lowest or the highest rate, the sweep goes on beyond it. Then it is run at that rate with
-each of `seeds`; what counts is the loss on the rest of val, which chose nothing. Runs are ordinary run folders,
-runs/STUDY/ARM/RUN; table.csv, study.json, study.html and the figures are in runs/STUDY. Killed at any moment, the same
-command goes on.
+of val is taken; where that is the lowest or the highest rate, the sweep goes on beyond it, and where there is one rate there
+is no sweep. Then it is run at that rate with each of `seeds`; what counts is the loss on the rest of val, which chose
+nothing. Runs are ordinary run folders, runs/STUDY/ARM/RUN; table.csv, study.json, study.html and the figures are in
+runs/STUDY. Killed at any moment, the same command goes on.
 """
 
 from __future__ import annotations
@@ -61,14 +61,16 @@ def result_of(plan: Plan, job: Job) -> verdict.Result | None:
 def sweep_of(plan: Plan, arm: str, results: dict[Job, verdict.Result]) -> tuple[list[Job], float | None]:
     """(the runs of an arm's sweep that are still to be made, the best rate once there are none)."""
     rates, begun = plan.rates(arm), plan.rates(arm)
-    factor = (begun[-1] / begun[0]) ** (1 / (len(begun) - 1)) if len(begun) > 1 else 2.0
+    if len(begun) == 1:
+        return [], begun[0]
+    factor = (begun[-1] / begun[0]) ** (1 / (len(begun) - 1))
     while True:
         jobs = [Job(arm, rate, seed, False) for rate in rates for seed in plan.study.sweep_seeds]
         if missing := [job for job in jobs if job not in results]:
             return missing, None
         losses = {rate: sum(results[Job(arm, rate, seed, False)].selection for seed in plan.study.sweep_seeds) for rate in rates}
         best = min(losses, key=losses.__getitem__)
-        if len(rates) == 1 or math.isinf(losses[best]):
+        if math.isinf(losses[best]):
             return [], best
         below, above = rates.index(begun[0]), len(rates) - 1 - rates.index(begun[-1])
         if best == rates[0] and below < plan.study.extend:
@@ -217,7 +219,8 @@ def main() -> None:
         signals.defer_signals()  # an exception may come at a moment that has no place for one, and be lost
         results = _found(plan) if args.report else run_all(plan, args.jobs or torch.cuda.device_count() or dist.cores())
     best = {arm: sweep_of(plan, arm, results)[1] for arm in plan.arms}
-    print(verdict.write(plan.name, plan.reference, best, list(results.values()), plan.out))
+    against = {arm: plan.against(arm) for arm in plan.arms}
+    print(verdict.write(plan.name, against, best, list(results.values()), plan.out))
 
 
 if __name__ == "__main__":

@@ -27,12 +27,13 @@ SET_BY_STUDY = (RATE, SEED, "checkpointing.run_name", "checkpointing.runs_dir")
 class Arm:
     overrides: list[str] = field(default_factory=list)  # section.key=value, on top of the base
     rates: list[float] | None = None  # in place of the study's
+    against: str | None = None  # the arm that this one is compared with, in place of the study's reference
 
 
 @dataclass
 class Study:
     base: str  # a configuration, seen from the study's file, from here or from the project
-    rates: list[float]  # to begin the sweep with
+    rates: list[float]  # to begin the sweep with; where there is one, it is taken
     seeds: list[int] = option(factory=lambda: [1, 2, 3, 4, 5], least=0)
     sweep_seeds: list[int] = option(factory=lambda: [0], least=0)  # of the sweep; their losses are averaged
     overrides: list[str] = field(default_factory=list)  # for all arms
@@ -73,8 +74,9 @@ class Plan:
 
     def _check(self, path: Path) -> None:
         """Raise ConfigError before the first run for what the last would have met."""
-        if self.reference not in self.arms:
-            raise ConfigError(f"{path}: reference: {self.reference!r} is no arm; there are {', '.join(self.arms)}")
+        for key, arm in {"reference": self.reference, **{f"arms.{name}.against": self.against(name) for name in self.arms}}.items():
+            if arm not in self.arms:
+                raise ConfigError(f"{path}: {key}: {arm!r} is no arm; there are {', '.join(self.arms)}")
         for name, values in (("seeds", self.study.seeds), ("rates", self.study.rates), ("sweep_seeds", self.study.sweep_seeds)):
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{path}: {name}: {values} are empty or hold one twice")
@@ -92,6 +94,10 @@ class Plan:
 
     def rates(self, arm: str) -> list[float]:
         return sorted(self.arms[arm].rates or self.study.rates)
+
+    def against(self, arm: str) -> str:
+        """The arm that its losses are compared with."""
+        return self.arms[arm].against or self.reference
 
     def words(self, job: Job) -> list[str]:
         """What train.py is told beside the base, later overrides in place of earlier ones."""

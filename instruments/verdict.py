@@ -20,7 +20,7 @@ from instruments.results import Results, as_text, table_text
 from runtime.files import finite
 from runtime.progress import perplexity
 
-COLUMNS = ("arm", "learning_rate", "at_edge", "seeds", "loss", "loss_low", "loss_high", "perplexity", "difference",
+COLUMNS = ("arm", "learning_rate", "at_edge", "seeds", "loss", "loss_low", "loss_high", "perplexity", "against", "difference",
            "difference_low", "difference_high", "p", "tokens", "seconds", "peak_bytes", "trainable")
 
 
@@ -76,8 +76,8 @@ def update_ranks(run: Path) -> list[tuple[int, float]]:
 
 # ---- the table ---------------------------------------------------------------------------------------------------------
 
-def arm_row(arm: str, rate: float | None, results: list[Result], reference: list[Result]) -> dict[str, Any]:
-    """One line of the table: the arm's final runs, beside the reference's of the same seeds."""
+def arm_row(arm: str, rate: float | None, results: list[Result], against: str) -> dict[str, Any]:
+    """One line of the table: the arm's final runs, beside those of the arm `against`, of the same seeds."""
     finals = [result for result in results if result.arm == arm and result.final]
     rates = sorted({result.rate for result in results if result.arm == arm and not result.final})
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
@@ -90,15 +90,16 @@ def arm_row(arm: str, rate: float | None, results: list[Result], reference: list
     row |= {"loss": mean.mean, "loss_low": mean.low, "loss_high": mean.high, "perplexity": perplexity(mean.mean),
             "tokens": finals[0].tokens, "seconds": statistics.median(result.seconds for result in finals),
             "peak_bytes": max((result.peak_bytes or 0 for result in finals)) or None, "trainable": finals[0].trainable}
-    others = {result.seed: result.loss for result in reference}
+    others = {result.seed: result.loss for result in results if result.arm == against and result.final}
     both = [seed for seed in losses if seed in others and math.isfinite(losses[seed] - others[seed])]
-    if both and [result.arm for result in reference] != [arm] * len(reference):
+    if both and arm != against:
         found = paired_difference([losses[seed] for seed in both], [others[seed] for seed in both])
-        row |= {"difference": found.mean, "difference_low": found.low, "difference_high": found.high, "p": found.p}
+        row |= {"against": against, "difference": found.mean, "difference_low": found.low, "difference_high": found.high,
+                "p": found.p}
     return row
 
 
-def shown(rows: list[dict[str, Any]], reference: str) -> tuple[list[str], list[list[str]]]:
+def shown(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(head, lines) of the table as people read it."""
     def span(row: dict[str, Any], key: str, sign: str = "") -> str:
         if row[key] is None:
@@ -108,11 +109,11 @@ def shown(rows: list[dict[str, Any]], reference: str) -> tuple[list[str], list[l
 
     def number(value: Any, form: str) -> str:
         return "" if value is None else format(value, form)
-    head = ["arm", "learning rate", "seeds", "val loss", "perplexity", f"minus {reference}", "p", "tokens", "seconds",
+    head = ["arm", "learning rate", "seeds", "val loss", "perplexity", "difference", "to", "p", "tokens", "seconds",
             "peak MB", "trainable"]
     lines = [[row["arm"], number(row["learning_rate"], "g") + (" (edge)" if row["at_edge"] else ""), str(row["seeds"]),
-              span(row, "loss"), number(row["perplexity"], ".3f"), span(row, "difference", "+"), number(row["p"], ".2g"),
-              number(row["tokens"], ","), number(row["seconds"], ".0f"),
+              span(row, "loss"), number(row["perplexity"], ".3f"), span(row, "difference", "+"), row["against"] or "",
+              number(row["p"], ".2g"), number(row["tokens"], ","), number(row["seconds"], ".0f"),
               number(row["peak_bytes"] and row["peak_bytes"] / 1e6, ".0f"), number(row["trainable"], ",")] for row in rows]
     return head, lines
 
@@ -156,20 +157,19 @@ def plot_rates(plt, arms: Iterable[str], results: list[Result]):
 
 # ---- the page ------------------------------------------------------------------------------------------------------------
 
-def write(name: str, reference: str, best: dict[str, float | None], results: list[Result], out: Path) -> str:
+def write(name: str, against: dict[str, str], best: dict[str, float | None], results: list[Result], out: Path) -> str:
     """table.csv, study.json, study.html and the figures of a study; returns its table as text, and where the page is.
 
-    `best` holds each arm's rate, None where its sweep has not ended.
+    `against` holds the arm that each is compared with, `best` each arm's rate, None where its sweep has not ended.
     """
     finals = [result for result in results if result.final]
-    chosen = [result for result in finals if result.arm == reference]
-    rows = [arm_row(arm, rate, results, chosen) for arm, rate in best.items()]
+    rows = [arm_row(arm, rate, results, against[arm]) for arm, rate in best.items()]
     files = Results(out, chosen=True)
     files.write("table.csv", table_text(COLUMNS, ([row[key] for key in COLUMNS] for row in rows)))
-    tree = {"study": name, "reference": reference, "level": LEVEL, "table": rows,
+    tree = {"study": name, "level": LEVEL, "table": rows,
             "runs": [result._asdict() | {"folder": str(result.folder)} for result in results]}
     files.write("study.json", json.dumps(finite(tree), indent=1, allow_nan=False) + "\n")
-    head, lines = shown(rows, reference)
+    head, lines = shown(rows)
     edges = [row["arm"] for row in rows if row["at_edge"]]
     warning = f"The best rate of {', '.join(edges)} is the last that was tried: a better one may lie beyond." if edges else ""
     plt = pyplot()

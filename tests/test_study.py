@@ -41,6 +41,7 @@ def made_up(plan, losses):
     ({"arms": {"a": ["training.seed=3"]}}, "sets training.seed"), ({"arms": {"a": ["model.relora.rr=3"]}}, "did you mean model.relora.r"),
     ({"arms": {"a": {"rate": [1]}}}, "arms.a.rate: unknown key"), ({"seeds": []}, "seeds"), ({"seeds": [1, 1]}, "hold one twice"),
     ({"rates": [0.0]}, "above 0"), ({"sweep_seeds": [2]}, "among seeds too"), ({"reference": "lora"}, "no arm; there are full-rank"),
+    ({"arms": {"a": {"against": "b"}}}, "arms.a.against: 'b' is no arm"),
     ({"vary": "rows"}, "seed, data"), ({"base": "nowhere.yaml"}, "cannot be read"), ({"bass": "x"}, "did you mean base"),
     ({"overrides": ["evaluation.metrics=null"]}, "must hold val"), ({"seed": 4}, "did you mean seeds")])
 def test_a_study_that_cannot_be_run_is_refused_before_its_first_run(tmp_path, changes, complaint):
@@ -96,6 +97,12 @@ def test_what_is_wanted_follows_from_what_is_there(tmp_path):
     assert [job for job in jobs if job.arm == "relora"] == [Job("relora", 5e-3, 1, True)] and later == 2
 
 
+def test_where_there_is_one_rate_there_is_no_sweep(tmp_path):
+    plan = Plan(write(tmp_path, rates=[1e-2]))
+    assert study.sweep_of(plan, "relora", {}) == ([], 1e-2)
+    assert study.wanted(plan, {}) == ([Job(arm, 1e-2, seed, True) for arm in ARMS for seed in (1, 2)], 0)
+
+
 # ---- the verdict ---------------------------------------------------------------------------------------------------------
 
 def test_the_table_is_what_scipy_says(tmp_path):
@@ -105,7 +112,7 @@ def test_the_table_is_what_scipy_says(tmp_path):
     losses |= {("relora", 4.0, seed): loss for seed, loss in zip((1, 2, 3), other)}
     losses |= {(arm, rate, 0): abs(rate - best) + 1 for arm, best in (("full-rank", 2.0), ("relora", 4.0)) for rate in (1.0, 2.0, 4.0)}
     results = list(made_up(plan, losses).values())
-    text = verdict.write("made-up", "full-rank", {"full-rank": 2.0, "relora": 4.0}, results, tmp_path / "out")
+    text = verdict.write("made-up", dict.fromkeys(ARMS, "full-rank"), {"full-rank": 2.0, "relora": 4.0}, results, tmp_path / "out")
     rows = {row["arm"]: row for row in csv.DictReader(open(tmp_path / "out/table.csv"))}
     test = stats.ttest_rel(other, one)
     assert float(rows["relora"]["difference"]) == pytest.approx(sum(other) / 3 - sum(one) / 3)
@@ -119,11 +126,21 @@ def test_the_table_is_what_scipy_says(tmp_path):
     assert "full-rank" in page and "src=\"data:image/png" in page and "http" not in page.replace("http-equiv", "")
 
 
+def test_an_arm_is_compared_with_the_one_it_names(tmp_path):
+    arms = {"a": [], "b": [], "c": {"against": "b"}}
+    plan = Plan(write(tmp_path, arms=arms))
+    losses = {(arm, 1e-2, seed): place + seed for place, arm in enumerate(arms) for seed in (1, 2)}
+    verdict.write("made-up", {arm: plan.against(arm) for arm in arms}, dict.fromkeys(arms, 1e-2), list(made_up(plan, losses).values()),
+                  tmp_path / "out")
+    rows = {row["arm"]: row for row in csv.DictReader(open(tmp_path / "out/table.csv"))}
+    assert [(row["against"], row["difference"]) for row in rows.values()] == [("", ""), ("a", "1.0"), ("b", "1.0")]
+
+
 def test_an_arm_that_diverged_is_told_and_compared_with_nothing(tmp_path):
     plan = Plan(write(tmp_path))
     losses = {(arm, 1e-2, seed): math.inf if arm == "relora" else 1.0 + seed for arm in ARMS for seed in (1, 2)}
     results = list(made_up(plan, losses).values())
-    text = verdict.write("made-up", "full-rank", dict.fromkeys(ARMS, 1e-2), results, tmp_path / "out")
+    text = verdict.write("made-up", dict.fromkeys(ARMS, "full-rank"), dict.fromkeys(ARMS, 1e-2), results, tmp_path / "out")
     assert "inf" in next(line for line in text.splitlines() if line.startswith("relora"))
 
 
@@ -133,7 +150,7 @@ def test_an_arm_that_diverged_is_told_and_compared_with_nothing(tmp_path):
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     lab.make_dataset(folder / "corpora")
-    return write(folder, rates=[1e-2], seeds=[1])
+    return write(folder, seeds=[1], arms={"relora": []})
 
 
 def table_of(folder):
@@ -146,7 +163,7 @@ def table_of(folder):
 def test_a_study_killed_twice_ends_with_the_table_of_one_that_was_not(small):
     folder = small.parent
     out = lab.run("study.py", small, "--jobs", 2, "--out", folder / "whole", timeout=280)
-    assert "4 runs made, 0 or more to come" in out and "open " in out
+    assert "3 runs made, 0 or more to come" in out and "open " in out
     for number in (signal.SIGTERM, signal.SIGKILL):
         process = lab.start("study.py", small, "--jobs", 2, "--out", folder / "killed")
         made = len(list((folder / "killed").glob("*/*/study.json")))
@@ -157,7 +174,7 @@ def test_a_study_killed_twice_ends_with_the_table_of_one_that_was_not(small):
         time.sleep(1)  # until the runs, told by the system that their parent is gone, have let go of their folders
     lab.run("study.py", small, "--jobs", 2, "--out", folder / "killed", timeout=280)
     assert table_of(folder / "killed") == table_of(folder / "whole")
-    row = table_of(folder / "whole")[1]
+    row = table_of(folder / "whole")[0]
     assert row["tokens"] == 10 * 8 * 16 and row["trainable"] > 0 and row["loss"] > 0
 
 
@@ -167,4 +184,4 @@ def test_the_runs_of_another_study_are_not_taken_for_its_own(small):
     changed = small.with_name("changed.yaml")
     changed.write_text(yaml.safe_dump(yaml.safe_load(small.read_text()) | {"overrides": ["training.stop_at_step=8"]}))
     assert "of another study" in lab.call("study.py", changed, "--report", "--out", folder / "whole", code=2)
-    assert "full-rank" in lab.call("study.py", small, "--report", "--out", folder / "whole")
+    assert "relora" in lab.call("study.py", small, "--report", "--out", folder / "whole")
