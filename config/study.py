@@ -74,7 +74,8 @@ class Plan:
 
     def _check(self, path: Path) -> None:
         """Raise ConfigError before the first run for what the last would have met."""
-        for key, arm in {"reference": self.reference, **{f"arms.{name}.against": self.against(name) for name in self.arms}}.items():
+        named = {"reference": self.reference} | {f"arms.{name}.against": self.against(name) for name in self.arms}
+        for key, arm in named.items():
             if arm not in self.arms:
                 raise ConfigError(f"{path}: {key}: {arm!r} is no arm; there are {', '.join(self.arms)}")
         for name, values in (("seeds", self.study.seeds), ("rates", self.study.rates), ("sweep_seeds", self.study.sweep_seeds)):
