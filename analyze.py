@@ -4,7 +4,7 @@
     python analyze.py runs/demo --since 150              # also the updates since that step's snapshot
     python analyze.py runs/tiny --config demo.yaml       # a YAML file of pico-analyze, unchanged
     python analyze.py compare runs/full runs/relora      # several runs over steps, tokens and time; seeds of an arm as one
-    python analyze.py runs/relora --against runs/full    # also how alike their activations are at the same steps
+    python analyze.py runs/relora --against runs/full    # also how alike activations and updates are, step by step
     python analyze.py path runs/full runs/relora         # loss along the straight line between two checkpoints
     python analyze.py --list                             # the measures, each with its definition
 
@@ -208,7 +208,7 @@ def parse() -> argparse.Namespace:
                         "two checkpoints")
     parser.add_argument("--config", type=Path, help="a YAML file of pico-analyze (default: all measures of all layers)")
     parser.add_argument("--since", type=int, metavar="STEP", help="also measure the updates since this step's snapshot")
-    parser.add_argument("--against", type=Path, metavar="RUN", help="also how alike another run's activations are, step by step")
+    parser.add_argument("--against", type=Path, metavar="RUN", help="also how alike another run's activations and updates are, step by step")
     parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/analysis, comparison or path)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where spectra are computed (default: cpu)")
     parser.add_argument("--panels", action="store_true", help="figures as SVG too, and every panel alone, a paper's "

@@ -14,6 +14,7 @@ from instruments import measures
 from instruments.snapshots import Snapshots
 
 AGAINST = "activations against another run"  # at the same step
+AGAINST_UPDATES = "updates against another run"
 IN_CYCLE = "updates within the cycle"
 KINDS = ("weights", "activations", "gradients", "updates")
 Row = dict[str, Any]  # of the table of measures: see FIELDS in analyze.py
@@ -62,22 +63,36 @@ def matrices(run: Snapshots, step: int, request: Request) -> Iterator[Component]
 
 
 def _circuits(run: Snapshots, step: int, request: Request, tensors: dict[str, Tensor]) -> Iterator[Component]:
-    """Heads of the OV circuit: W_O,h W_V,k (D, D), or the head's activations through W_O,h (examples, D)."""
+    """The OV circuit of each head, and those of a layer's heads side by side.
+
+    Of weights W_O,h W_V,k (D, D); of activations the head's values through W_O,h (examples, D); of gradients the direction
+    that the circuit takes where both follow theirs, G_O,h W_V,k + W_O,h G_V,k (D, D).
+    """
     m = run.config["model"]
     heads, groups = m["attention_n_heads"], m["attention_n_heads"] // m["attention_n_kv_heads"]
     size, (_, weights) = m["d_model"] // heads, run.load(step, request.split, "weights")
     value, output = request.suffixes or ("attention.v_proj", "attention.o_proj")
     for name in [n for n in tensors if n.endswith(value)]:
-        layer, o_proj = layer_of(name), weights.get(name.removesuffix(value) + output)
-        if o_proj is None or not (request.layers is None or layer in request.layers):
+        layer, outputs, here = layer_of(name), name.removesuffix(value) + output, tensors[name]
+        o_proj, v_proj, at_output = weights.get(outputs), weights.get(name), tensors.get(outputs)
+        wanted = request.layers is None or layer in request.layers
+        if not wanted or o_proj is None or request.data == "gradients" and (v_proj is None or at_output is None):
             continue
+        found = []
         for head in range(heads):
-            kv = slice(head // groups * size, (head // groups + 1) * size)
-            o = o_proj[:, head * size:(head + 1) * size]
-            left, right = (tensors[name][:, kv], o.T) if request.data == "activations" else (o, tensors[name][kv])
-            low_rank = size <= min(left.shape[0], right.shape[1])
-            yield Component(f"layers.{layer}.ov_circuit.heads.{head}", left @ right,
-                         measures.singular_values_of_product(left, right) if low_rank else None)
+            mine, shared = slice(head * size, (head + 1) * size), slice(head // groups * size, (head // groups + 1) * size)
+            if request.data == "activations":
+                left, right = here[:, shared], o_proj[:, mine].T
+            elif request.data == "gradients":
+                left = torch.cat([at_output[:, mine], o_proj[:, mine]], 1)
+                right = torch.cat([v_proj[shared], here[shared]])
+            else:
+                left, right = o_proj[:, mine], here[shared]
+            low_rank = left.shape[1] <= min(left.shape[0], right.shape[1])
+            found.append(left @ right)
+            yield Component(f"layers.{layer}.ov_circuit.heads.{head}", found[-1],
+                            measures.singular_values_of_product(left, right) if low_rank else None)
+        yield Component(f"layers.{layer}.ov_circuit", torch.cat(found, 1))
 
 
 # ---- cycles of ReLoRA -------------------------------------------------------------------------------------------------

@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from instruments import components, measures, similarity
-from instruments.components import (AGAINST, IN_CYCLE, AnalysisError, Component, Request, Row, bases, cycle_before, factors,
+from instruments.components import (AGAINST, AGAINST_UPDATES, IN_CYCLE, AnalysisError, Component, Request, Row, bases, cycle_before, factors,
                                     matrices, target_of, updates)
 from instruments.measures import SINGLE
 from instruments.results import Cache
-from instruments.similarity import OVERLAPS, PAIRED, of_pair, of_updates
+from instruments.similarity import OVERLAPS, PAIRED, leading, of_pair, of_updates
 from instruments.snapshots import Snapshots
 from runtime.log import log, printable
 
@@ -46,8 +46,6 @@ def steps_read(run: Snapshots, step: int, request: Request) -> list[int]:
 def rows_of_step(run: Snapshots, step: int, request: Request, device: torch.device = CPU) -> list[Row]:
     """What a request asks for at one step, as rows of FIELDS; where there is nothing to measure, a row that says so."""
     single, paired = ([m for m in request.metrics if m in kind] for kind in (SINGLE, PAIRED))
-    if request.circuit and request.data == "gradients":
-        return [empty_row(step, request, "the OV circuit is a product of two layers, and has no gradient of its own")]
     rows: list[Row] = []
     if request.data == "updates":
         if paired:
@@ -138,7 +136,10 @@ def pairs(found: Iterable[Component], others: dict[str, Tensor], metrics: list[s
 
 
 def rows_against(run: Snapshots, other: Snapshots, steps: Iterable[int], device: torch.device = CPU) -> list[Row]:
-    """Rows of how alike the activations of two runs are at the same steps, on the same rows. Raises AnalysisError."""
+    """Rows of how alike two runs' activations are at the same steps, on the same rows, and their updates' directions.
+
+    Raises AnalysisError.
+    """
     request, rows = Request(list(PAIRED), "activations"), []
     common = [step for step in steps if step in other.folders]
     if not common:
@@ -151,6 +152,28 @@ def rows_against(run: Snapshots, other: Snapshots, steps: Iterable[int], device:
         here = {"step": step, "other_step": step, "split": request.split, "data": AGAINST}
         others = {c.name: c.entries for c in matrices(other, step, request)}
         rows += pairs(matrices(run, step, request), others, list(PAIRED), here, f"{other.path.name} holds no such layer", device)
+        rows += update_rows_against(run, other, step)
+    return rows
+
+
+def update_rows_against(run: Snapshots, other: Snapshots, step: int) -> list[Row]:
+    """Rows of how far the leading directions of two runs' cumulative updates overlap: as many as their adapters' r."""
+    request = Request(list(OVERLAPS), "updates")
+    here = {"step": step, "other_step": step, "split": request.split, "data": AGAINST_UPDATES}
+    ranks = [relora["r"] for one in (run, other) if isinstance(relora := one.config["model"].get("relora"), dict)
+             and type(relora.get("r")) is int]
+    found = [{component.name: component.entries for _, base, deltas in updates(one, step, request) if base == min(one.folders)
+              for component in deltas} for one in (run, other)]
+    rows = []
+    for name, update in found[0].items():
+        theirs = found[1].get(name)
+        if theirs is None or theirs.shape != update.shape:
+            values = dict.fromkeys(OVERLAPS, (None, f"{other.path.name} holds no such layer of this shape"))
+        else:
+            count = min([*ranks, max(1, min(update.shape) // 8)])
+            values = of_updates(leading(update, count), leading(theirs, count))
+        rows += [here | {"component": name, "metric": metric, "value": value, "reason": reason}
+                 for metric, (value, reason) in values.items()]
     return rows
 
 

@@ -140,6 +140,14 @@ def directions(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return left.Q @ u[:, kept], right.Q @ v.mT[:, kept]
 
 
+def leading(update: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Factors (m, k), (k, n) of an update's best approximation of rank k <= count (Eckart and Young 1936)."""
+    if not update.isfinite().all():
+        return update, torch.eye(update.shape[1], dtype=update.dtype)  # told by who measures it
+    u, values, v = torch.linalg.svd(update.double(), full_matrices=False)
+    return u[:, :count] * values[:count], v[:count]
+
+
 def overlap(a: Tensor, b: Tensor) -> float:
     """Mean squared cosine of the principal angles between the spans of orthonormal (m, k) and (m, l) (Bjorck and Golub 1973).
 

@@ -93,6 +93,32 @@ def test_the_circuit_of_a_head_shares_the_values_of_its_group(runs):
             pytest.approx(np.linalg.norm(matrix, "nuc"), rel=1e-5)
 
 
+def test_circuits_side_by_side_and_their_gradients_are_those_of_the_product(runs, tmp_path):
+    """Autograd's gradients of both factors, moved along by hand; of activations what the heads write, side by side."""
+    (tmp_path / "asked.yaml").write_text("metrics:\n" + "".join(
+        f"  - {{metric_name: norm, norm_type: nuclear, data_split: val, components: [{{component_name: ov_circuit, data_type: {data}, "
+        f"layer_suffixes: {CIRCUIT}, layers: [1]}}]}}\n" for data in ("weights", "activations", "gradients")) + "steps: [15]\n")
+    lab.call("analyze.py", runs / "relora", "--config", tmp_path / "asked.yaml", "--out", tmp_path / "out")
+    table, layer = rows(tmp_path / "out"), "layers.1.attention"
+    v, o = (snapshot(runs / "relora", 15, f"{layer}.{n}_proj") for n in "vo")
+    gv, go = (snapshot(runs / "relora", 15, f"{layer}.{n}_proj", "gradients") for n in "vo")
+    seen = snapshot(runs / "relora", 15, f"{layer}.v_proj", "activations")
+    of = {"weights": [], "activations": [], "gradients": []}
+    for head in range(4):  # of size 8, in 2 groups
+        mine, shared = slice(head * 8, head * 8 + 8), slice(head // 2 * 8, head // 2 * 8 + 8)
+        of["weights"].append(o[:, mine] @ v[shared])
+        of["activations"].append(seen[:, shared] @ o[:, mine].T)
+        step = 1e-6  # the circuit's change along both gradients, by a difference quotient
+        ahead, back = ((o[:, mine] + t * go[:, mine]) @ (v[shared] + t * gv[shared]) for t in (step, -step))
+        of["gradients"].append((ahead - back) / (2 * step))
+    for data, heads in of.items():
+        for head, matrix in enumerate(heads):
+            assert value(table, data=data, component=f"layers.1.ov_circuit.heads.{head}", metric="norm_nuclear") == \
+                pytest.approx(np.linalg.norm(matrix, "nuc"), rel=1e-5)
+        assert value(table, data=data, component="layers.1.ov_circuit", metric="norm_nuclear") == \
+            pytest.approx(np.linalg.norm(np.concatenate(heads, 1), "nuc"), rel=1e-5)
+
+
 def test_what_is_undefined_is_null_with_a_reason(runs):
     undefined = [row for row in rows(runs / "relora/analysis") if row["value"] is None]
     assert undefined and all(row["reason"] for row in undefined)
@@ -175,7 +201,7 @@ CIRCUIT = "{value_layer: attention.v_proj, output_layer: attention.o_proj}"
     ({}, None), ({"split": "absent"}, None), ({"data": "gradients", "split": "absent"}, "holds no such gradients"),
     ({"layer": 11}, "holds no such weights"), ({"suffixes": "swiglu.w_9"}, "holds no such weights"),
     ({"data": "updates", "metric": "cka"}, "use activations"), ({"data": "updates", "layer": 11}, "no such layer"),
-    ({"data": "gradients", "component": "ov_circuit", "suffixes": CIRCUIT}, "has no gradient of its own")], ids=str)
+    ({"data": "gradients", "component": "ov_circuit", "suffixes": CIRCUIT, "layer": 11}, "holds no such gradients")], ids=str)
 def test_what_a_file_asks_for_and_is_not_there_is_told_with_a_reason(runs, tmp_path, asked, reason):
     (tmp_path / "asked.yaml").write_text(REQUEST.format(**ASKED | asked))
     lab.call("analyze.py", runs / "relora", "--config", tmp_path / "asked.yaml", "--out", tmp_path / "out")
@@ -401,6 +427,12 @@ def test_activations_are_held_against_another_runs(runs, tmp_path):
     x, y = x - x.mean(0), y - y.mean(0)
     expected = np.linalg.norm(x.T @ y) ** 2 / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
     assert value(table, step=15, data="activations against another run", metric="cka", component=layer) == pytest.approx(expected)
+    spans = []
+    for name in ("relora", "full"):
+        update = snapshot(runs / name, 15, layer) - snapshot(runs / name, 0, layer)
+        spans.append(np.linalg.svd(update)[2][:4])  # r is 4, and the layer 32 wide
+    assert value(table, step=15, data="updates against another run", metric="overlap_in", component=layer) == \
+        pytest.approx((np.linalg.svd(spans[0] @ spans[1].T, compute_uv=False) ** 2).mean(), rel=1e-5)
     other = tmp_path / "other"
     shutil.copytree(runs / "full", other, ignore=shutil.ignore_patterns("analysis", "*.safetensors", "training_state"))
     path = other / "checkpoints/step_0/learning_dynamics/val_data.pt"
