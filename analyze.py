@@ -208,7 +208,8 @@ def parse() -> argparse.Namespace:
                         "two checkpoints")
     parser.add_argument("--config", type=Path, help="a YAML file of pico-analyze (default: all measures of all layers)")
     parser.add_argument("--since", type=int, metavar="STEP", help="also measure the updates since this step's snapshot")
-    parser.add_argument("--against", type=Path, metavar="RUN", help="also how alike another run's activations and updates are, step by step")
+    parser.add_argument("--against", type=Path, metavar="RUN", help="also how alike another run's activations and "
+                        "updates are, step by step")
     parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/analysis, comparison or path)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where spectra are computed (default: cpu)")
     parser.add_argument("--panels", action="store_true", help="figures as SVG too, and every panel alone, a paper's "

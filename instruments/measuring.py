@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from instruments import components, measures, similarity
-from instruments.components import (AGAINST, AGAINST_UPDATES, IN_CYCLE, AnalysisError, Component, Request, Row, bases, cycle_before, factors,
-                                    matrices, target_of, updates)
+from instruments.components import (AGAINST, AGAINST_UPDATES, IN_CYCLE, AnalysisError, Component, Request, Row, bases,
+                                    cycle_before, factors, matrices, target_of, updates)
 from instruments.measures import SINGLE
 from instruments.results import Cache
 from instruments.similarity import OVERLAPS, PAIRED, leading, of_pair, of_updates

@@ -21,14 +21,14 @@ from instruments.similarity import MEASURES, PAIRED
 
 LABELS = {name: measure.label for name, measure in MEASURES.items()}
 RANKS = ("effective_rank", "numerical_rank")
-CIRCUIT, CIRCUITS = "OV circuit, heads", "OV circuit, heads side by side"
+CIRCUITS = "OV circuit, heads", "OV circuit, heads side by side"
 CHAPTERS = {  # data: what to know of it
     "updates since the start": "Effective weight minus that of the first snapshot: the cumulative update.",
     "updates within the cycle": "s B A of ReLoRA layers: what has been learnt since the latest merge. Overlap with the "
                                 "directions of the cycle before: 1 the same, r / width for unrelated ones.",
     AGAINST: "Outputs of the layers beside those of another run at the same step, on the same rows.",
-    AGAINST_UPDATES: "The leading directions of both runs' cumulative updates, r of each, or an eighth of the layer's where that is "
-                     "less: overlap 1 the same, r / width for unrelated ones.",
+    AGAINST_UPDATES: "The leading directions of both runs' cumulative updates, r of each, or an eighth of the layer's where "
+                     "that is less: overlap 1 the same, r / width for unrelated ones.",
     "updates since the last snapshot": "Effective weight minus that of the snapshot before.",
     "weights": "Effective weights W + s B A.",
     "gradients": "Of the mean loss with respect to the effective weights.",
@@ -92,7 +92,7 @@ def over_steps(axis) -> None:
 def part_of(component: str) -> str:
     """The kind of component, its name without the layer: attention.o_proj."""
     part = component.split(".", 2)[-1]
-    return {"ov_circuit": CIRCUITS}.get(part, CIRCUIT if part.startswith("ov_circuit") else part)
+    return CIRCUITS[part == "ov_circuit"] if part.startswith("ov_circuit") else part
 
 
 def curves(rows: Iterable[Row], data: str, metric: str) -> dict[str, dict[int, dict[int, list[float]]]]:
@@ -136,7 +136,8 @@ def axis_label(rows: list[Row], data: str, metric: str) -> str:
 
 def plot_heat(plt, rows: list[Row], metric: str = "per"):
     """Layers by steps: a row of panels a kind of data, a column a kind of layer."""
-    found = {data: {p: layers for p, layers in curves(rows, data, metric).items() if p not in (CIRCUIT, CIRCUITS)} for data in CHAPTERS}
+    found = {data: {p: layers for p, layers in curves(rows, data, metric).items() if p not in CIRCUITS}
+             for data in CHAPTERS}
     found = {data: parts for data, parts in found.items() if parts and data != "updates since the last snapshot"}
     if not found:
         return None
@@ -172,7 +173,7 @@ def plot_spectra(plt, rows: list[Row]):
     last = max((r["step"] for r in rows if r["metric"] == "spectrum"), default=None)
     for row in rows:
         if row["metric"] == "spectrum" and row["step"] == last and row["value"] and row["value"][0] > 0:
-            if row["data"] in ("weights", "updates since the start", "gradients") and part_of(row["component"]) not in (CIRCUIT, CIRCUITS):
+            if row["data"] in ("weights", "updates since the start", "gradients") and part_of(row["component"]) not in CIRCUITS:
                 chosen[row["data"]][part_of(row["component"])].append((layer_of(row["component"]), row["value"]))
     if not chosen:
         return None

@@ -21,7 +21,7 @@ from config.reading import show
 from instruments.components import Row, layer_of
 from instruments.landscape import Point, barrier
 from instruments.panels import COLUMN, Panels, alone, sheet
-from instruments.plots import (CHAPTERS, CIRCUIT, CIRCUITS, LABELS, RANKS, Line, axis_label, bands, curves, layer_lines, part_of,
+from instruments.plots import (CHAPTERS, CIRCUITS, LABELS, RANKS, Line, axis_label, bands, curves, layer_lines, part_of,
                                plot_bands, plot_heat, plot_losses, plot_path, plot_spectra, plot_training, pyplot, run_line)
 from instruments.pairs import Pair
 from instruments.record import Curves, fork_of, training_record
@@ -140,7 +140,7 @@ def last_table(rows: list[Row], data: str = "weights") -> str:
     last = max((r["step"] for r in rows if r["data"] == data), default=None)
     lines: dict[str, dict[str, Any]] = defaultdict(dict)
     for row in rows:
-        if row["data"] == data and row["step"] == last and row["metric"] in LABELS and part_of(row["component"]) not in (CIRCUIT, CIRCUITS):
+        if row["data"] == data and row["step"] == last and row["metric"] in LABELS and part_of(row["component"]) not in CIRCUITS:
             lines[row["component"]][row["metric"]] = "undefined" if row["value"] is None else float(row["value"])
     metrics = [m for m in LABELS if any(m in found for found in lines.values())]
     return table([f"at step {last}", *(LABELS[m] for m in metrics)],
@@ -181,7 +181,7 @@ def rank_bounds(config: dict, rows: list[Row], merges: list[int]) -> dict[str, l
             cycles = sum(merge < row["step"] for merge in merges) + 1
             points = bounds.setdefault(part_of(row["component"]), {})
             points[row["step"]] = min(rank * cycles, len(row["value"]))
-    return {part: sorted(points.items()) for part, points in bounds.items() if part not in (CIRCUIT, CIRCUITS)}
+    return {part: sorted(points.items()) for part, points in bounds.items() if part not in CIRCUITS}
 
 
 def write_run(run: Path, config: dict, rates: list[tuple[int, float]], rows: list[Row], results: Results,
