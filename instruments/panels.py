@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from instruments.components import IN_CYCLE
-from instruments.plots import CIRCUIT, Line, head, over_steps, panels, plain
+from instruments.plots import CIRCUITS, Line, head, over_steps, panels, plain
 from instruments.similarity import MEASURES
 
 COLUMN = 3.3  # inches, of a paper in two columns
@@ -17,7 +17,7 @@ LEGEND = 12  # names; more layers than that are told by a bar of colours
 
 
 def in_order(parts: Iterable[str]) -> list[str]:
-    return sorted(set(parts), key=lambda part: (part == CIRCUIT, part))
+    return sorted(set(parts), key=lambda part: (part in CIRCUITS, part))
 
 
 class Panels(NamedTuple):
