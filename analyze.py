@@ -6,6 +6,7 @@
     python analyze.py compare runs/full runs/relora      # several runs over steps, tokens and time; seeds of an arm as one
     python analyze.py runs/relora --against runs/full    # also how alike activations and updates are, step by step
     python analyze.py path runs/full runs/relora         # loss along the straight line between two checkpoints
+    python analyze.py path runs/relora                   # around one: along random directions, and its run's own
     python analyze.py --list                             # the measures, each with its definition
 
 Weights, activations and gradients come from the snapshots. Updates are differences of effective weights: since the first
@@ -34,7 +35,7 @@ from data import TokenDataset
 from hub.folders import resolve
 from instruments import report
 from instruments.components import KINDS, AnalysisError, Request, Row, target_of
-from instruments.landscape import barrier, loss_along
+from instruments.landscape import barrier, loss_along, loss_around
 from instruments.measures import SINGLE
 from instruments.measuring import analyse, rows_against
 from instruments.pairs import pairs
@@ -168,21 +169,34 @@ def labelled(paths: list[Path]) -> dict[str, Path]:
     return dict(zip(labels, paths))
 
 
-def loss_path(ends: list[Path], data: Path | None, points: int, out: Path, device: torch.device) -> None:
-    """Write and tell the losses along the line between two checkpoints."""
-    if len(ends) != 2:
-        raise AnalysisError("path: give two checkpoints, such as runs/a/checkpoints/step_100 runs/b")
+def path_rows(end: Path, data: Path | None) -> torch.Tensor:
+    """(rows, tokens): of a data set's val split, or those that a checkpoint's snapshot was taken on."""
     if data is not None:
         rows = TokenDataset(data, "val")
-        ids = torch.from_numpy(rows.rows(0, min(len(rows), PATH_ROWS)).astype("int64"))
-    else:
-        step = resolve(ends[0])
-        ids = Snapshots(step.parent.parent).input_ids(int(step.name.removeprefix("step_")), "val")[:PATH_ROWS] \
-            if step.name.startswith("step_") else None
-        if ids is None:
-            raise AnalysisError(f"path: {step} has no snapshot to take rows from; name a data set with --data")
-    results, found = Results(out, chosen=True), []
-    for point in loss_along(*ends, ids, points, device):
+        return torch.from_numpy(rows.rows(0, min(len(rows), PATH_ROWS)).astype("int64"))
+    step = resolve(end)
+    ids = Snapshots(step.parent.parent).input_ids(int(step.name.removeprefix("step_")), "val")[:PATH_ROWS] \
+        if step.name.startswith("step_") else None
+    if ids is None:
+        raise AnalysisError(f"path: {step} has no snapshot to take rows from; name a data set with --data")
+    return ids
+
+
+def loss_path(ends: list[Path], args: argparse.Namespace, device: torch.device) -> None:
+    """Write and tell the losses along the line between two checkpoints, or around one."""
+    if len(ends) not in (1, 2):
+        raise AnalysisError("path: give two checkpoints, such as runs/a/checkpoints/step_100 runs/b, or one to look around")
+    ids, results = path_rows(ends[0], args.data), Results(args.out or Path("path"), chosen=True)
+    if len(ends) == 1:
+        found = {}
+        for name, points in loss_around(ends[0], ids, args.directions, args.reach, args.points, device):
+            found[name] = points
+            log.info(f"{name}: loss {', '.join(f'{point.loss:.4f}' for point in points)}")
+        table = ((name, *point) for name, points in found.items() for point in points)
+        results.write("path.csv", table_text(("direction", "share", "loss"), table))
+        return print(printable(f"open {report.write_around(str(ends[0]), found, results)}"))
+    found = []
+    for point in loss_along(*ends, ids, args.points, device):
         log.info(f"{point.share:.3f} of the way: loss {point.loss:.4f}")
         found.append(point)
     log.info(f"barrier {barrier(found):.4f} nats a token above the line between both ends, on {len(ids)} rows")
@@ -205,7 +219,7 @@ def list_measures() -> None:
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder; `compare` and several; or `path` and "
-                        "two checkpoints")
+                        "one checkpoint or two")
     parser.add_argument("--config", type=Path, help="a YAML file of pico-analyze (default: all measures of all layers)")
     parser.add_argument("--since", type=int, metavar="STEP", help="also measure the updates since this step's snapshot")
     parser.add_argument("--against", type=Path, metavar="RUN", help="also how alike another run's activations and "
@@ -217,6 +231,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="path: a data set whose val rows are scored (default: those of "
                         "the first one's snapshot)")
     parser.add_argument("--points", type=number(int, 2, 1001), default=11, help="path: places on the line (default: 11)")
+    parser.add_argument("--directions", type=number(int, 1, 20), default=3, help="path, of one checkpoint: directions of each "
+                        "kind (default: 3)")
+    parser.add_argument("--reach", type=number(float, 1e-6, 10.0), default=0.25, help="path, of one checkpoint: how far, as a "
+                        "share of the weights' norm (default: 0.25)")
     parser.add_argument("--list", action="store_true", help="show what there is to measure")
     args = parser.parse_args()
     if not args.list and not args.runs:
@@ -232,7 +250,7 @@ def main() -> None:
         return list_measures()
     device, word = torch.device(args.device), str(args.runs[0])
     if word == "path":
-        return loss_path(args.runs[1:], args.data, args.points, args.out or Path("path"), device)
+        return loss_path(args.runs[1:], args, device)
     comparing = word == "compare"
     if not comparing and not args.runs[0].exists() and (near := difflib.get_close_matches(word, ["compare", "path"])):
         raise AnalysisError(f"{word}: no such run; did you mean {near[0]}?")

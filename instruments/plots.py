@@ -265,6 +265,17 @@ def plot_path(plt, points: list[Point]):
     return figure
 
 
+def plot_around(plt, found: dict[str, list[Point]]):
+    """Loss along directions from a checkpoint: random ones grey, principal ones in colours."""
+    figure, [[axis]] = panels(plt, 1, 1, 2.4, top=0.2)
+    for number, (name, points) in enumerate(found.items()):
+        colour = "0.6" if name.startswith("random") else f"C{number}"
+        axis.plot([p.share for p in points], [p.loss for p in points], "o-", markersize=3, color=colour, label=name)
+    axis.set(xlabel="share of the weights' norm", ylabel="loss (nats a token)")
+    axis.legend(fontsize=8)
+    return figure
+
+
 # ---- several seeds of an arm -------------------------------------------------------------------------------------------
 
 def bands(runs: Iterable[list[tuple[int, float]]]) -> list[tuple[int, Interval]]:

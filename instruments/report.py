@@ -22,7 +22,8 @@ from instruments.components import Row, layer_of
 from instruments.landscape import Point, barrier
 from instruments.panels import COLUMN, Panels, alone, sheet
 from instruments.plots import (CHAPTERS, CIRCUITS, LABELS, RANKS, Line, axis_label, bands, curves, layer_lines, part_of,
-                               plot_bands, plot_heat, plot_losses, plot_path, plot_spectra, plot_training, pyplot, run_line)
+                               plot_around, plot_bands, plot_heat, plot_losses, plot_path, plot_spectra, plot_training, pyplot,
+                               run_line)
 from instruments.pairs import Pair
 from instruments.record import Curves, fork_of, training_record
 from instruments.results import Results, table_text
@@ -219,6 +220,18 @@ def write_path(ends: list[str], points: list[Point], results: Results) -> Path:
     page.chapter("Loss along the straight line", f"Barrier: {barrier(points):.4f} nats a token above the line between both ends.",
                  page.picture("loss_path", plot_path(plt, points)),
                  table(["share of the second", "loss"], [[point.share, point.loss] for point in points]))
+    return page.write()
+
+
+def write_around(checkpoint: str, found: dict[str, list[Point]], results: Results) -> Path:
+    """Draw the losses around a checkpoint; returns the page."""
+    plt = pyplot()
+    page = Page(plt, f"Around {checkpoint}", results)
+    page.chapter("Loss around the checkpoint", "Along random directions, each row of each matrix as long as the weights' own, "
+                 "and along the leading principal components of the run's way, as long as the weights are together.",
+                 page.picture("loss_around", plot_around(plt, found)),
+                 table(["direction", *(f"{point.share:+.3g}" for point in next(iter(found.values())))],
+                       [[name, *(point.loss for point in points)] for name, points in found.items()]))
     return page.write()
 
 

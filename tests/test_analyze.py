@@ -15,10 +15,12 @@ from matplotlib import cbook
 
 import analyze
 import lab
-from instruments import measuring, panels, plots, report
+from hub.llama import load_plain
+from instruments import landscape, measuring, panels, plots, report
 from instruments.record import training_record
 from instruments.similarity import MEASURES
 from instruments.snapshots import Snapshots
+from model import PicoDecoder
 
 DEMO = """
 analysis_name: demo
@@ -453,7 +455,35 @@ def test_the_loss_along_a_line_meets_both_ends(runs, dataset, tmp_path):
     assert [share for share, _ in found] == [0, 0.5, 1] and f"barrier {rise:.4f}" in printed
     again = lab.call("analyze.py", "path", *ends, "--points", 2, "--data", dataset, "--out", tmp_path / "path")
     assert f"loss {found[2][1]:.4f}" in again and "barrier 0.0000" in again
-    assert "give two checkpoints" in lab.call("analyze.py", "path", ends[0], code=2)
+    assert "give two checkpoints" in lab.call("analyze.py", "path", *ends, ends[0], code=2)
+
+
+def test_the_loss_around_a_checkpoint_is_that_of_its_moved_weights(runs, tmp_path):
+    """Principal directions are those of NumPy's SVD of the run's weights; each loss that of a decoder given these."""
+    run = runs / "relora"
+    lab.call("analyze.py", "path", run, "--points", 3, "--directions", 2, "--reach", 0.1, "--out", tmp_path)
+    with open(tmp_path / "path.csv", newline="") as file:
+        found = {(row["direction"], float(row["share"])): float(row["loss"]) for row in csv.DictReader(file)}
+    assert {name for name, _ in found} == {"random 1", "random 2", "principal 1", "principal 2"}
+    states = [load_plain(folder)[1] for folder in sorted((run / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))]
+    names = [name for name, tensor in states[-1].items() if tensor.dim() == 2]
+    way = np.stack([np.concatenate([state[name].double().numpy().ravel() for name in names]) for state in states])
+    axes, centre = np.linalg.svd(way - way.mean(0))[2], states[-1]
+    rows = torch.load(run / "checkpoints/step_20/learning_dynamics/val_data.pt")["input_ids"]
+    for number, axis in enumerate(axes[:2], 1):
+        losses = []
+        for share in (-0.1, 0.1):
+            moved = torch.from_numpy(way[-1] + share * np.linalg.norm(way[-1]) * axis)
+            pieces = dict(zip(names, moved.split([centre[name].numel() for name in names])))
+            model = PicoDecoder(load_plain(run)[0])
+            model.load_state_dict(centre | {name: piece.view_as(centre[name]).float() for name, piece in pieces.items()})
+            losses.append(model(rows[:, :-1], rows[:, 1:]).item())
+        ours = [found[f"principal {number}", share] for share in (-0.1, 0.1)]
+        assert ours == pytest.approx(losses, abs=1e-5) or ours == pytest.approx(losses[::-1], abs=1e-5)  # a direction has two ends
+    assert len({round(found[name, 0.0], 6) for name, _ in found}) == 1
+    for number in (0, 1):
+        drawn = landscape.random_direction(centre, number)
+        assert all(torch.allclose(drawn[name].norm(dim=1), centre[name].norm(dim=1)) for name in names) and set(drawn) == set(names)
 
 
 def test_what_there_is_to_ask_for_is_listed():
