@@ -183,16 +183,20 @@ class RunFolder:
             with open(self.metrics_path, "r+b") as file:
                 text = file.read()
                 os.fsync(file.fileno())
+            files.fsync_folder(self.path)  # which may have lost the name of a new file
             return text
         text = b""
         with contextlib.suppress(FileNotFoundError):
             text = files.try_again(on_disk, self.metrics_path) if self.writes else b""
         return {"metrics_bytes": len(text), "metrics_sha256": hashlib.sha256(text).hexdigest()}
 
+    def _recorded(self) -> bytes:
+        return files.try_again(self.metrics_path.read_bytes, self.metrics_path) if self.metrics_path.exists() else b""
+
     def check_no_record(self, save_every: int) -> None:
         """Raise UserError where a run without a checkpoint must once have had one. Every rank must call it."""
         def check() -> None:
-            trained = [line["step"] for line in objects(self.metrics_path.read_bytes())] if self.metrics_path.exists() else []
+            trained = [line["step"] for line in objects(self._recorded())]
             if max(trained, default=0) - min(trained, default=0) > save_every:  # by then its first checkpoint was on the disk
                 raise UserError(f"{self.path}: holds the record of {max(trained)} steps, but no checkpoint; put its "
                                 f"{self.checkpointing.checkpoints_dir}/ back, choose another run_name, or delete metrics.jsonl "
@@ -208,7 +212,7 @@ class RunFolder:
         return dist.on_rank0(lambda: self._rewind(step, size, sha256))
 
     def _rewind(self, step: int, size: int, sha256: str | None) -> bool:
-        text = self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
+        text = self._recorded()
         counted, after = text[:size], objects(text[size:])
         if len(counted) < size or sha256 not in (None, hashlib.sha256(counted).hexdigest()):
             aside = files.set_aside(self.metrics_path).name if text else "nothing"

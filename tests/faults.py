@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,9 +166,10 @@ def prepared(scenario: Scenario, base: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def prepare(base: Path) -> None:
+def prepare(base: Path, needed: Collection[str] = ("half", "whole")) -> None:
     """The states that commands begin in: no run, half of one, a whole one; with the data beside it."""
     import lab
+    ends = {"half": "training.stop_at_step=4", "whole": "training.stop_at_step=null"}
     for before in ("none", "half", "whole"):
         folder = base / before
         lab.make_dataset(folder / "data", rows=64)
@@ -178,12 +179,11 @@ def prepare(base: Path) -> None:
         tree["checkpointing"] |= {"save_every_n_steps": 4}
         lab.write_config(folder / "run.yaml", tree)
     # as a run that was killed after step 4: the others are the same folder, a step on
-    told = [attempt(base / "half", Scenario("", "", "train.py", ("run.yaml", f"training.stop_at_step={4}")))]
-    told += [attempt(base / "whole", Scenario("", "", "train.py", ("run.yaml",)))]
-    assert [one.code for one in told] == [0, 0], told
+    told = [attempt(base / name, Scenario("", "", "train.py", ("run.yaml", end))) for name, end in ends.items() if name in needed]
+    assert not any(one.code for one in told), told
 
 
-def try_all(scenarios: list[Scenario], base: Path, number: int, every: int, mounts: bool) -> dict[str, Counter]:
+def try_all(scenarios: list[Scenario], base: Path, number: int, calls: slice, mounts: bool) -> dict[str, Counter]:
     counts: dict[str, Counter] = {}
     for scenario in scenarios:
         found = counts[scenario.name] = Counter()
@@ -191,24 +191,25 @@ def try_all(scenarios: list[Scenario], base: Path, number: int, every: int, moun
             good, before = attempt(folder, scenario), steps(base / scenario.before)
             assert good.code == 0, good.text
             reference = contents(folder)
-        for at in range(1, len(MOUNTS) + 1) if mounts else range(1, good.calls + 1, every):
+        for at in range(1, len(MOUNTS) + 1) if mounts else range(good.calls + 1)[calls]:
             with prepared(scenario, base) as folder:
                 fault = attempt(folder, scenario, 0, 0, at) if mounts else attempt(folder, scenario, at, number)
                 verdict = judge(folder, scenario, fault, reference, before)
             found[verdict] += 1
             if verdict != "fine":
                 what = MOUNTS[at - 1] if mounts else f"call {at} of {good.calls}"
-                print(f"{scenario.name}, {what}: {verdict}\n    " + "\n    ".join(fault.text.strip().splitlines()[-6:]), flush=True)
+                told = "\n    ".join(["", *fault.text.strip().splitlines()[-6:]])
+                print(f"{scenario.name}, {what}: {verdict}{told}", flush=True)
         print(f"{scenario.name}: {good.calls} calls; " + ", ".join(f"{n} {what}" for what, n in found.items()), flush=True)
     return counts
 
 
-def serve(names: list[str], number: int, every: int, mounts: bool) -> int:
+def serve(names: list[str], number: int, calls: slice, mounts: bool) -> int:
     sys.path.insert(0, str(ROOT / "tests"))
     import analyze, evaluate, export, lab, replay, sample, shards, train  # noqa: E401, F401 (imported for the forks)
     base = Path(os.environ["FAULT_UNDER"]).parent
     prepare(base)
-    counts = try_all([s for s in SCENARIOS if s.name in (names or [s.name])], base, number, every, mounts)
+    counts = try_all([s for s in SCENARIOS if s.name in (names or [s.name])], base, number, calls, mounts)
     return int(any(set(found) - {"fine"} for found in counts.values()))
 
 
@@ -218,15 +219,21 @@ def main() -> int:
     parser.add_argument("commands", nargs="*", choices=[*(s.name for s in SCENARIOS), []], help="default: all")
     parser.add_argument("--error", default="EIO", help="of the failing call (default: EIO)")
     parser.add_argument("--every", type=int, default=1, help="try only each n-th call")
+    parser.add_argument("--first", type=int, default=1, help="begin with this call")
     parser.add_argument("--mounts", action="store_true", help="in place of errors: mounts with a habit")
     args = parser.parse_args()
     if "FAULT_UNDER" in os.environ:
-        return serve(args.commands, getattr(errno, args.error), args.every, args.mounts)
+        return serve(args.commands, getattr(errno, args.error), slice(args.first, None, args.every), args.mounts)
+    return under_preload(__file__)
+
+
+def under_preload(script: str) -> int:
+    """Run this command again, with preload.c before libc and a folder to work in."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "preload.so"
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, ROOT / "tests/preload.c", "-ldl"], check=True)
         env = {**os.environ, "LD_PRELOAD": str(library), "FAULT_UNDER": f"{folder}/try", "OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, __file__, *sys.argv[1:]], env=env, check=False).returncode
+        return subprocess.run([sys.executable, script, *sys.argv[1:]], env=env, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
    FAULT_UNDER   only paths below this folder count; all others go straight on
    FAULT_LOG     a file that gets a line for each call that counts: number, call, path
    fault_arm(n, error)  the n-th call from here on fails with this errno; 0: none does
+   FAULT_RECORD  a file that gets each call that changes something, once it is done, with what it wrote (see `record`)
    fault_mount(kind)    a mount with a habit, for all calls: 1 a full quota shows at close, 2 fsync of folders is refused,
                         3 statvfs tells of no blocks, 4 rename replaces nothing; 0: none */
 #define _GNU_SOURCE
@@ -70,26 +71,56 @@ static int fails(const char *call, int folder, const char *name) {
     return hit;
 }
 
+/* One call for tests/power.py: a line of name, descriptor, place and size, the paths in lines of their own, the bytes. */
+static void record(const char *call, int fd, int folder, const char *name, int other, const char *second, const void *data,
+                   ssize_t size, off_t place) {
+    const char *into = getenv("FAULT_RECORD");
+    char path[PATH_MAX] = "", to[PATH_MAX] = "";
+    int before = errno;
+    if (into && ours(folder, name, path)) {
+        static FILE *(*open_record)(const char *, const char *);
+        if (second) ours(other, second, to);
+        pthread_mutex_lock(&lock);
+        if (!open_record) open_record = dlsym(RTLD_NEXT, "fopen64");
+        FILE *file = open_record(into, "a");
+        if (file) {
+            fprintf(file, "%s %d %ld %ld\n%s\n%s\n", call, fd, (long)place, (long)size, path, to);
+            if (data) fwrite(data, 1, size, file);
+            fclose(file);
+        }
+        pthread_mutex_unlock(&lock);
+    }
+    errno = before;
+}
+
 #define REAL(type, name, ...) static type (*real)(__VA_ARGS__); if (!real) real = dlsym(RTLD_NEXT, #name)
 #define MODE(flags) mode_t mode = 0; \
     if ((flags) & (O_CREAT | __O_TMPFILE)) { va_list list; va_start(list, flags); mode = va_arg(list, mode_t); va_end(list); }
 #define WITH_PATH(name, folder, path, declared, given) \
     int name declared { REAL(int, name, ); if (fails(#name, folder, path)) return -1; return ((int (*) declared)real) given; }
+#define CHANGES(name, call, folder, path, other, second, size, declared, given) \
+    int name declared { REAL(int, name, ); if (fails(#name, folder, path)) return -1; \
+    int result = ((int (*) declared)real) given; \
+    if (!result) { record(call, 0, folder, path, other, second, NULL, size, 0); } \
+    return result; }
 #define WITH_FILE(type, name, declared, given) \
     type name declared { REAL(type, name, ); if (fails(#name, fd, "")) return -1; return ((type (*) declared)real) given; }
 
+static int opened(int fd, int folder, const char *path, int flags) {
+    if (fd >= 0) record(flags & O_TRUNC ? "empty" : "open", fd, folder, path, 0, NULL, NULL, 0, 0);
+    return fd;
+}
+
 #define OPEN(name) int name(const char *path, int flags, ...) { \
-    MODE(flags) REAL(int, name, const char *, int, ...); if (fails(#name, AT_FDCWD, path)) return -1; return real(path, flags, mode); }
+    MODE(flags) REAL(int, name, const char *, int, ...); if (fails(#name, AT_FDCWD, path)) return -1; \
+    return opened(real(path, flags, mode), AT_FDCWD, path, flags); }
 #define OPENAT(name) int name(int folder, const char *path, int flags, ...) { \
     MODE(flags) REAL(int, name, int, const char *, int, ...); if (fails(#name, folder, path)) return -1; \
-    return real(folder, path, flags, mode); }
+    return opened(real(folder, path, flags, mode), folder, path, flags); }
 OPEN(open) OPEN(open64) OPENAT(openat) OPENAT(openat64)
 
 WITH_FILE(ssize_t, read, (int fd, void *data, size_t size), (fd, data, size))
 WITH_FILE(ssize_t, pread64, (int fd, void *data, size_t size, off64_t place), (fd, data, size, place))
-WITH_FILE(ssize_t, write, (int fd, const void *data, size_t size), (fd, data, size))
-WITH_FILE(int, ftruncate64, (int fd, off64_t size), (fd, size))
-WITH_FILE(int, fdatasync, (int fd), (fd))
 WITH_FILE(int, fstat, (int fd, struct stat *found), (fd, found))
 WITH_FILE(int, fstat64, (int fd, struct stat64 *found), (fd, found))
 WITH_PATH(stat, AT_FDCWD, path, (const char *path, struct stat *found), (path, found))
@@ -98,16 +129,42 @@ WITH_PATH(lstat, AT_FDCWD, path, (const char *path, struct stat *found), (path, 
 WITH_PATH(lstat64, AT_FDCWD, path, (const char *path, struct stat64 *found), (path, found))
 WITH_PATH(fstatat, folder, path, (int folder, const char *path, struct stat *found, int flags), (folder, path, found, flags))
 WITH_PATH(fstatat64, folder, path, (int folder, const char *path, struct stat64 *found, int flags), (folder, path, found, flags))
-WITH_PATH(mkdir, AT_FDCWD, path, (const char *path, mode_t mode), (path, mode))
-WITH_PATH(rmdir, AT_FDCWD, path, (const char *path), (path))
-WITH_PATH(unlink, AT_FDCWD, path, (const char *path), (path))
-WITH_PATH(unlinkat, folder, path, (int folder, const char *path, int flags), (folder, path, flags))
-WITH_PATH(truncate64, AT_FDCWD, path, (const char *path, off64_t size), (path, size))
+CHANGES(mkdir, "mkdir", AT_FDCWD, path, 0, NULL, 0, (const char *path, mode_t mode), (path, mode))
+CHANGES(rmdir, "unlink", AT_FDCWD, path, 0, NULL, 0, (const char *path), (path))
+CHANGES(unlink, "unlink", AT_FDCWD, path, 0, NULL, 0, (const char *path), (path))
+CHANGES(unlinkat, "unlink", folder, path, 0, NULL, 0, (int folder, const char *path, int flags), (folder, path, flags))
+CHANGES(truncate64, "truncate", AT_FDCWD, path, 0, NULL, size, (const char *path, off64_t size), (path, size))
 WITH_PATH(utimensat, folder, path, (int folder, const char *path, const struct timespec times[2], int flags),
           (folder, path, times, flags))
-WITH_PATH(link, AT_FDCWD, to, (const char *from, const char *to), (from, to))
-WITH_PATH(linkat, folder, to, (int other, const char *from, int folder, const char *to, int flags),
-          (other, from, folder, to, flags))
+CHANGES(link, "link", AT_FDCWD, to, AT_FDCWD, from, 0, (const char *from, const char *to), (from, to))
+CHANGES(linkat, "link", folder, to, other, from, 0, (int other, const char *from, int folder, const char *to, int flags),
+        (other, from, folder, to, flags))
+
+ssize_t write(int fd, const void *data, size_t size) {
+    REAL(ssize_t, write, int, const void *, size_t);
+    if (fails("write", fd, "")) return -1;
+    ssize_t written = real(fd, data, size);
+    if (written > 0 && getenv("FAULT_RECORD")) record("write", fd, fd, "", 0, NULL, data, written, lseek(fd, 0, SEEK_CUR) - written);
+    return written;
+}
+
+int ftruncate64(int fd, off64_t size) {
+    REAL(int, ftruncate64, int, off64_t);
+    if (fails("ftruncate64", fd, "")) return -1;
+    int result = real(fd, size);
+    if (!result) record("truncate", fd, fd, "", 0, NULL, NULL, size, 0);
+    return result;
+}
+
+static int synced(int fd, int result) {
+    if (!result) record("sync", fd, fd, "", 0, NULL, NULL, 0, 0);
+    return result;
+}
+
+int fdatasync(int fd) {
+    REAL(int, fdatasync, int);
+    return fails("fdatasync", fd, "") ? -1 : synced(fd, real(fd));
+}
 
 int close(int fd) {
     REAL(int, close, int);
@@ -127,14 +184,17 @@ int fsync(int fd) {
     if (!look) look = dlsym(RTLD_NEXT, "fstat");
     if (mounted == NO_FOLDER_SYNC && ours(fd, "", path) && !look(fd, &found) && S_ISDIR(found.st_mode)) { errno = EINVAL; return -1; }
     if (mounted == QUOTA_AT_CLOSE) return 0;
-    return fails("fsync", fd, "") ? -1 : real(fd);
+    return fails("fsync", fd, "") ? -1 : synced(fd, real(fd));
 }
 
 int rename(const char *from, const char *to) {
     REAL(int, rename, const char *, const char *);
     char path[PATH_MAX];
     if (mounted == NO_REPLACE && ours(AT_FDCWD, to, path) && !access(to, F_OK)) { errno = EEXIST; return -1; }
-    return fails("rename", AT_FDCWD, to) ? -1 : real(from, to);
+    if (fails("rename", AT_FDCWD, to)) return -1;
+    int result = real(from, to);
+    if (!result) record("rename", 0, AT_FDCWD, to, AT_FDCWD, from, NULL, 0, 0);
+    return result;
 }
 
 int statvfs64(const char *path, struct statvfs64 *found) {

@@ -1,7 +1,8 @@
-"""A sample of what tests/faults.py tries in full: calls to the disk that fail once, and mounts with a habit."""
+"""A sample of what faults.py and power.py try in full: calls to the disk that fail once, mounts with a habit, power cuts."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,3 +20,11 @@ def test_a_disk_that_fails_once_costs_a_line_and_no_work(words):
     done = subprocess.run([sys.executable, lab.ROOT / "tests/faults.py", *words], capture_output=True, text=True, timeout=400,
                           check=False)
     assert done.returncode == 0 and done.stdout.count(" fine") >= len([w for w in words if w.isalpha() and w.islower()]), done.stdout
+
+
+def test_what_a_power_cut_leaves_is_whole_or_not_taken_and_nothing_synced_is_lost():
+    done = subprocess.run([sys.executable, lab.ROOT / "tests/power.py", "train", "--every", "59", "--states", "2"],
+                          capture_output=True, text=True, timeout=400, check=False)
+    looked_at = re.findall(r"^train, (?:ext4|strict): \d+ operations, (\d+) states; (?:\d+ looked at, 2 fine|2 fine, )",
+                           done.stdout, re.MULTILINE)
+    assert done.returncode == 0 and len(looked_at) == 2 and min(map(int, looked_at)) > 9, done.stdout + done.stderr

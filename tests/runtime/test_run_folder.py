@@ -72,6 +72,16 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksum_of_the_record(folder
     assert [line["step"] for line in lines_of(folder)] == [1, 2, 3]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/mem opens, and its first byte is an I/O error")
+def test_a_record_that_the_disk_does_not_give_is_tried_again_and_named(folder, monkeypatch):
+    monkeypatch.setattr("runtime.files.PAUSES", (0.01,))
+    folder.metrics_path.symlink_to("/proc/self/mem")
+    for read in (lambda: folder.rewind_metrics(3, 10), lambda: folder.check_no_record(5)):
+        with pytest.raises(files.Unreadable, match="metrics.jsonl: cannot be read .Input/output error."):
+            read()
+    assert folder.metrics_path.is_symlink()
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "logs/train.log"])
 def test_a_planted_link_is_refused_and_what_it_leads_to_stays(dataset, tmp_path, name):
     runs = lab.Lab(tmp_path, dataset)
