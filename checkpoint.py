@@ -100,12 +100,12 @@ def tensor_bytes(value: Any) -> int:
 
 # ---- writing -------------------------------------------------------------------------------------------------
 
-def _twice(work: Callable[[], None]) -> None:
+def _twice(work: Callable[[], None], folder: Path) -> None:
     """work(), and once more after an error that may pass."""
     try:
         work()
-    except CheckpointError as error:
-        log.warning(f"{error}; trying again")
+    except (CheckpointError, OSError) as error:
+        log.warning(f"{files.explain(error, folder, 0)}; trying again")
         work()
 
 
@@ -130,9 +130,9 @@ class Saver:
     def _work(self, folder: Path, writers: dict[str, Writer]) -> None:
         try:
             self.error = None
-            _twice(lambda: self._publish(folder, writers))
+            _twice(lambda: self._publish(folder, writers), folder)
         except Exception as error:  # the training loop checks it
-            self.error = error
+            self.error = CheckpointError(files.explain(error, folder, 0)) if isinstance(error, OSError) else error
             return
         try:
             mark_latest(folder)
@@ -161,9 +161,9 @@ class Saver:
 
     def _extend(self, folder: Path, writers: dict[str, Writer]) -> None:
         try:
-            _twice(lambda: extend(folder, writers))
+            _twice(lambda: extend(folder, writers), folder)
         except Exception as error:  # they can be had again from this step; the training state is safe
-            log.warning(f"{error}; going on without the snapshots of {folder.name}")
+            log.warning(f"{files.explain(error, folder, 0)}; going on without the snapshots of {folder.name}")
         self.published()
 
     @property

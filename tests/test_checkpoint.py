@@ -167,6 +167,14 @@ def test_an_error_that_passes_is_tried_again(steps, bad_disk, name):
     assert found_in(steps) == (steps / "step_10", [])
 
 
+def test_an_error_in_looking_for_the_folder_is_tried_again_and_named(tmp_path, caplog):
+    (tmp_path / CFG.checkpoints_dir).mkdir()
+    (failing := saver(tmp_path)).save(10 ** 299, {})  # a name too long for a file system
+    failing.wait()
+    assert f"/step_{10 ** 299}: File name too long; trying again" in caplog.text
+    assert type(failing.error) is CheckpointError and "0: File name too long" in str(failing.error)
+
+
 @pytest.mark.parametrize("name", [MANIFEST, STATE])
 def test_what_the_disk_does_not_give_is_never_taken_for_damage(steps, bad_disk, name):
     before = bytes_below(steps)
