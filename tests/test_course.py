@@ -84,6 +84,29 @@ def test_the_glossary_names_functions_that_are_there():
         assert names and all(name in definitions() for name in names), f"{word}: {names}"
 
 
+COMPUTING = set("CPU CPUs CSV GB GPU GPUs MB MPS PNG PaLM PyTorch SLURM SVG WSL YAML JSON SHA".split())  # no words of the field
+
+
+def help_texts():
+    """What README and --help say, without code: docstrings and the help of arguments."""
+    yield re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", (lab.ROOT / "README.md").read_text(), flags=re.S)
+    for path in lab.ROOT.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        yield ast.get_docstring(tree) or ""
+        helps = [keyword.value for node in ast.walk(tree) if isinstance(node, ast.Call) for keyword in node.keywords
+                 if keyword.arg == "help"]
+        yield from (node.value for one in helps for node in ast.walk(one) if isinstance(node, ast.Constant))
+
+
+def test_readme_and_help_use_no_term_that_the_glossary_has_not():
+    """Terms are words with a capital inside; those in capitals alone may also be a placeholder that the commands take."""
+    glossary = (lab.ROOT / "docs/glossary.md").read_text().lower()
+    known = COMPUTING | {name for name in definitions() if name[0].isupper()} | set("NAME OUT RUN FILE STUDY SPLIT NNNNN".split())
+    known |= {"OPTIMIZERS", "SCHEDULES", "ARM"}
+    found = {word for text in help_texts() for word in re.findall(r"\b[A-Z][A-Za-z]*[A-Z][A-Za-z0-9]*\b", text)}
+    assert len(found) > 20 and sorted(word for word in found - known if word.lower() not in glossary) == []
+
+
 def test_the_glossary_has_every_measure():
     """By its label in the figures."""
     words = (lab.ROOT / "docs/glossary.md").read_text().lower()
