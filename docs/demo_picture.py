@@ -1,6 +1,7 @@
-"""Draw docs/demo.png, the README's picture, from a real runs/demo.
+"""Draw docs/demo.png, the README's picture, from a real runs/demo; and docs/figures/early.png, of two runs analysed with log steps.
 
     make demo && .venv/bin/python analyze.py runs/demo && .venv/bin/python docs/demo_picture.py
+    .venv/bin/python docs/demo_picture.py runs/log-full runs/log-relora
 """
 
 import json
@@ -16,7 +17,35 @@ from instruments.record import training_record  # noqa: E402
 LAYER, SINCE = "swiglu.w_2", "updates since the start"
 
 
+def early(runs: list[Path]) -> None:
+    """Means over all matrices of the blocks, over steps on a logarithmic axis: each kind of data a row, each measure a column."""
+    plt, kinds, metrics = plots.pyplot(), ("weights", SINCE, "gradients"), ("per", "condition_number")
+    figure, axes = plots.panels(plt, len(kinds), len(metrics), 1.8, top=0.4, across=0.75, down=0.6)
+    for number, run in enumerate(runs):
+        rows = json.loads((run / "analysis/metrics.json").read_text())
+        for across, data in zip(axes, kinds):
+            for axis, metric in zip(across, metrics):
+                at: dict[int, list[float]] = {}
+                for row in rows:
+                    if row["data"] == data and row["metric"] == metric and row["value"] and "ov_circuit" not in row["component"]:
+                        at.setdefault(row["step"], []).append(row["value"])
+                points = [(max(step, 0.5), plots.average(values, metric)) for step, values in sorted(at.items())]
+                axis.plot(*zip(*points), "o-", color=f"C{number}", markersize=3, linewidth=1, label=run.name.removeprefix("log-"))
+                axis.set_xscale("log")
+                axis.set_title(f"{data}: {plots.LABELS[metric]}", fontsize=8)
+                if metric == "condition_number":
+                    axis.set_yscale("log")
+                for step, _ in training_record(run)["relora/reset_count"]:
+                    axis.axvline(step, color="0.6", linewidth=0.8, linestyle=":")
+    axes[0][0].legend(fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("step (0 is drawn at 0.5; dotted: merges)")
+    figure.savefig(ROOT / "docs/figures/early.png", dpi=90)
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        return early([Path(word) for word in sys.argv[1:]])
     run, plt = ROOT / "runs/demo", plots.pyplot()
     record, rows = training_record(run), json.loads((run / "analysis/metrics.json").read_text())
     figure, [(left, right)] = plots.panels(plt, 1, 2, 2.3, top=0.3, across=0.75)
