@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import re
 import threading
 from collections.abc import Callable, Iterable
@@ -30,6 +29,10 @@ from runtime import dist, files
 from runtime.files import STAGING, Unreadable, remove_tree, set_aside
 from runtime.log import log
 from runtime.manifest import CheckpointError, Writer, extend, holds, publish, read_manifest, verify, write_manifest  # noqa: F401
+from runtime.tensors import read_tensors
+
+MOMENTS = {"Adam": {"step", "exp_avg", "exp_avg_sq"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}, "SGD": set(),
+           "Muon": {"momentum_buffer"}}  # what torch's optimizers need to find of a parameter
 
 # ---- state of model and optimizers --------------------------------------------------------------------------
 
@@ -72,7 +75,7 @@ def compare_states(expected: dict[str, Tensor], found: dict[str, Tensor], source
 
 def load_optimizer_state(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer],
                          state: dict[str, dict[str, Any]]) -> None:
-    """Give each parameter that `state` names its saved moments, sharded as the parameter is."""
+    """Give each parameter that `state` names its saved moments, sharded as the parameter is. Raises CheckpointError."""
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         packed, index = optimizer.state_dict()["state"], 0  # what new parameters begin with stays
@@ -80,11 +83,25 @@ def load_optimizer_state(model: nn.Module, optimizers: Iterable[torch.optim.Opti
             for parameter in group["params"]:
                 values = state.get(names[id(parameter)])
                 if values is not None:
+                    _check_moments(values, parameter, optimizer, names[id(parameter)])
                     packed[index] = {
-                        key: dist.shard_like(v, parameter) if isinstance(v, Tensor) and v.shape == parameter.shape else v
-                        for key, v in values.items()}
+                        key: dist.shard_like(v.contiguous(), parameter) if isinstance(v, Tensor) and v.shape == parameter.shape
+                        else v for key, v in values.items()}
                 index += 1
         optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_moments(values: dict[str, Any], parameter: Tensor, optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Raise CheckpointError unless they are what torch's optimizer keeps: fused ones write without a look at the sizes."""
+    expected = MOMENTS.get(type(optimizer).__name__)
+    if expected is None or not values:
+        return
+    def fits(key: str, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return key == "step" and isinstance(value, (int, float)) or value is None and key not in expected
+        return value.is_floating_point() and (value.numel() == 1 if key == "step" else value.shape == parameter.shape)
+    if not (expected <= values.keys() and all(map(fits, values.keys(), values.values()))):
+        raise CheckpointError(f"the checkpoint: what it keeps of the optimizer for {name} does not fit the parameter")
 
 
 def torch_writer(value: Any) -> Writer:
@@ -244,12 +261,13 @@ def _finish_or_remove(leftover: Path) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The training state in a file, tensors on the CPU; nothing pickled is ever executed."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    state = read_tensors(path)
     kinds = {"step": int, "model": dict, "optimizer": dict, "config": dict, "progress": dict, "data": dict, "metrics_bytes": int}
-    if not (isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in kinds.items())):
+    if not (isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in kinds.items())
+            and min(state["step"], state["metrics_bytes"]) >= 0 and isinstance(state["data"].get("fingerprint"), str)
+            and all(type(state["data"].get(key, 0)) is int for key in ("micro_rows", "next_row"))
+            and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state["model"].items())
+            and all(isinstance(values, dict) for values in state["optimizer"].values())):
         raise CheckpointError(f"{path}: not a training state of this lab")
     return state
 

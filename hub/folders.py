@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from checkpoint import CheckpointError, read_manifest, step_folders
 from config import CheckpointingConfig, UserError, load_config
 from runtime import files
 from runtime.log import log
+from runtime.tensors import read_tensors
 
 MOST_JSON = 64 << 20  # bytes; the index of the largest models has some 10 MB
 FILE_NAME = re.compile(r"\w[\w.-]*\.(safetensors|bin)")  # of weights, as an index may name them: in this folder
@@ -64,12 +63,7 @@ def lacks(step: Path) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError, or Unreadable."""
     try:
-        status = files.try_again(path.stat, path)
-        if not stat.S_ISREG(status.st_mode):  # a named pipe would be waited for
-            raise ValueError("it is no file")
-        if status.st_size > MOST_JSON:
-            raise ValueError(f"{status.st_size:,} bytes are more than such a file has")
-        found = json.loads(files.read_text(path))
+        found = json.loads(files.read_text(path, MOST_JSON))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(found, dict):
@@ -119,16 +113,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
     try:
         if path.suffix == ".safetensors":
+            files.require_file(path)
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # what a damaged pickle or archive raises is anything: AssertionError, struct.error, BadZipFile
+    except Exception as error:
         raise CheckpointError(f"{path}: cannot be read as weights ({one_line(error)})") from None
+    tensors = read_tensors(path)
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: holds no tensors by name")
     for name, tensor in tensors.items():
-        plain = (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
-                 and tensor.device.type == "cpu" and tensor.dtype in DTYPES)
-        if not plain or tensor.untyped_storage().nbytes() < tensor.nbytes:  # a few bytes, repeated to terabytes
+        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in DTYPES):
             raise CheckpointError(f"{path}: {str(name)[:80]!r} is not a plain tensor")
     return tensors
 

@@ -38,6 +38,7 @@ from model import PicoDecoder, rotate
 from relora import HEAD, ReLoRALinear
 from runtime import dist, signals
 from runtime.files import did_you_mean
+from runtime.tensors import read_tensors
 from runtime.wrap import eval_mode
 
 
@@ -218,10 +219,10 @@ def optimizer_states(state: dict[str, dict], suffixes: list[str]) -> dict[str, T
 # ---- reading them back -------------------------------------------------------------------------------------------------
 
 def _is_matrix(name: Any, tensor: Any) -> bool:
-    """Whether it is a layer's, whole and in memory that the file holds: names end up in tables, pages and file names."""
+    """Whether it is a layer's: names end up in tables, pages and file names."""
     return (isinstance(name, str) and re.fullmatch(r"layers\.\d{1,6}(\.\w+)+", name, re.ASCII) is not None
             and isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
-            and tensor.dim() == 2 and 0 < tensor.nbytes <= tensor.untyped_storage().nbytes())
+            and tensor.dim() == 2 and tensor.nbytes > 0)
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -256,10 +257,7 @@ class Snapshots:
         for name in (split, "train", "val") if kind == "weights" else (split,):
             path = self.folders[step] / self.dynamics / f"{name}_{kind}.pt"
             if path.exists():
-                try:
-                    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                except Exception as error:
-                    raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+                tensors = read_tensors(path)
                 if not isinstance(tensors, dict) or not all(map(_is_matrix, tensors, tensors.values())):
                     raise CheckpointError(f"{path}: not matrices named layers.N....")
                 return name, tensors
@@ -268,12 +266,10 @@ class Snapshots:
     def input_ids(self, step: int, split: str) -> Tensor:
         """The token rows (examples, tokens) that a step's snapshot was taken on. Raises CheckpointError."""
         path = self.folders[step] / self.dynamics / f"{split}_data.pt"
-        try:
-            ids = torch.load(path, map_location="cpu", weights_only=True)["input_ids"]
-            if ids.dim() != 2 or ids.dtype != torch.int64 or not 0 < ids.nbytes <= ids.untyped_storage().nbytes():
-                raise ValueError("holds no rows of token ids")
-        except Exception as error:
-            raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        data = read_tensors(path)
+        ids = data.get("input_ids") if isinstance(data, dict) else None
+        if not (isinstance(ids, Tensor) and ids.dim() == 2 and ids.dtype == torch.int64 and ids.nbytes):
+            raise CheckpointError(f"{path}: cannot be read (holds no rows of token ids)")
         return ids
 
     def size(self, step: int) -> int:

@@ -10,7 +10,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 BAD_DISK = tuple(getattr(errno, name) for name in (  # these may pass
     "EIO", "ESTALE", "EMFILE", "ENFILE", "EREMOTEIO", "ENODEV", "ENXIO", "ETIMEDOUT", "EBUSY", "EDEADLK", "ENOLCK")
     if hasattr(errno, name))
-BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS)
+BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.EFBIG)
 
 
 class TrainingError(UserError):

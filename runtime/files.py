@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from runtime.errors import FULL
 
 T = TypeVar("T")
 STAGING = ".staging-"  # before the names of what is not complete yet
+MOST = 1 << 30  # bytes of a record or an index that is read at once
 PAUSES = (0.1, 0.4, 1.6)  # seconds between tries to read
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # to try again would change nothing
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
@@ -51,11 +53,28 @@ def try_again(read: Callable[[], T], path: Path) -> T:
     raise AssertionError
 
 
-def read_text(path: Path) -> str:
+def require_file(path: Path, most: int | None = None) -> None:
+    """Raise OSError where it is none, or has more than `most` bytes: a named pipe would be waited for, /dev/zero has no end."""
+    status = try_again(path.stat, path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EISDIR, "is no file", str(path))
+    if most is not None and status.st_size > most:
+        raise OSError(errno.EFBIG, f"has {status.st_size:,} bytes, more than such a file has", str(path))
+
+
+def read_bytes(path: Path, most: int = MOST) -> bytes:
+    require_file(path, most)
+    return try_again(path.read_bytes, path)
+
+
+def read_text(path: Path, most: int = MOST) -> str:
+    require_file(path, most)
     return try_again(lambda: path.read_text(encoding="utf-8"), path)
 
 
 def sha256(path: Path) -> str:
+    require_file(path)
+
     def digest() -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)

@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from config import ConfigError
+from config import ConfigError, UserError
 from runtime import files
 
 TAKEOVER_SECONDS = 0.3
@@ -67,9 +67,9 @@ class RunLock:
 
     def _holder(self) -> tuple[str, int, str] | None:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = json.loads(files.read_text(self.path))
             return str(found["host"]), int(found["pid"]), str(found["born"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _alive(self, host: str, pid: int, born: str) -> bool:

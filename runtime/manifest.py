@@ -18,6 +18,7 @@ from runtime.files import remove_tree
 from runtime.log import log
 
 MANIFEST = "manifest.json"
+MOST_MANIFEST = 64 << 20  # bytes
 
 
 class Writer(NamedTuple):
@@ -118,7 +119,7 @@ def holds(folder: Path, part: str) -> bool:
 def read_manifest(folder: Path) -> dict[str, dict]:
     """{relative path: {size, files.sha256}}. Raises CheckpointError where it is missing or makes no sense, or Unreadable."""
     try:
-        entries = json.loads(files.read_text(folder / MANIFEST))["files"]
+        entries = json.loads(files.read_text(folder / MANIFEST, MOST_MANIFEST))["files"]
         for name, entry in entries.items():
             path = Path(name)
             if path.is_absolute() or ".." in path.parts or set(name) & set("\\:") or not isinstance(entry["size"], int):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import TrainingError
+from runtime.manifest import CheckpointError
 
 
 def perplexity(loss: float | None) -> float | None:
@@ -100,5 +101,11 @@ class Progress:
         return {"sums": self.sums.tolist(), "reset_count": self.reset_count, "merged_at": self.merged_at}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.sums = torch.tensor(state["sums"], device=self.sums.device)
-        self.reset_count, self.merged_at = state["reset_count"], state.get("merged_at")
+        """Raises CheckpointError for what `state` never was."""
+        sums, count, merged_at = (state.get(key) for key in ("sums", "reset_count", "merged_at"))
+        if not (isinstance(sums, list) and len(sums) == len(self.NAMES) and all(type(number) is float for number in sums)
+                and all(0 <= number < 1e15 for number in sums[1:5])  # counts; loss and norm may be infinite
+                and type(count) is int and count >= 0 and (merged_at is None or type(merged_at) is int)):
+            raise CheckpointError("the checkpoint: its progress is not what a run of this lab keeps")
+        self.sums = torch.tensor(sums, device=self.sums.device)
+        self.reset_count, self.merged_at = count, merged_at

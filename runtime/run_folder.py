@@ -191,7 +191,7 @@ class RunFolder:
         return {"metrics_bytes": len(text), "metrics_sha256": hashlib.sha256(text).hexdigest()}
 
     def _recorded(self) -> bytes:
-        return files.try_again(self.metrics_path.read_bytes, self.metrics_path) if self.metrics_path.exists() else b""
+        return files.read_bytes(self.metrics_path) if self.metrics_path.exists() else b""
 
     def check_no_record(self, save_every: int) -> None:
         """Raise UserError where a run without a checkpoint must once have had one. Every rank must call it."""

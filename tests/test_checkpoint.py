@@ -326,7 +326,8 @@ def same(some, others):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_state_comes_back_bit_for_bit_and_goes_on_alike(dataset, tmp_path, optimizer):
     one = trained(dataset, optimizer, seed=1, updates=3)
-    state = {"step": 3, "config": {}, "progress": {}, "data": {}, "metrics_bytes": 0, **checkpoint.gather_state(*one)}
+    state = {"step": 3, "config": {}, "progress": {}, "data": {"fingerprint": ""}, "metrics_bytes": 0,
+             **checkpoint.gather_state(*one)}
     torch.save(state, tmp_path / "state.pt")
     other = trained(dataset, optimizer, seed=2, updates=0)
     state = checkpoint.read_state(tmp_path / "state.pt")

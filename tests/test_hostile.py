@@ -290,7 +290,19 @@ def test_weights_that_are_none_are_not_imported(tmp_path, content):
     refuse(tmp_path, "export.py", "import", tmp_path / "published", tmp_path / "made")
 
 
-@pytest.mark.parametrize("change", [{"optimizer": None}, {"config": {}}, {"step": "2"}, {"progress": 5}], ids=str)
+MOMENTS = {"step": torch.zeros(()), "exp_avg": torch.zeros(260, 32), "exp_avg_sq": torch.zeros(260, 32)}
+SUMS = [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("change", [
+    {"optimizer": None}, {"config": {}}, {"step": "2"}, {"progress": 5}, {"step": 2 ** 2000}, {"model": {5: 5}},
+    {"model": {"a": 5}}, {"data": {}}, {"optimizer": {"embedding_proj.weight": []}}, {"metrics_bytes": -1},
+    *({"optimizer": {"embedding_proj.weight": MOMENTS | wrong}} for wrong in (
+        {"exp_avg": torch.zeros(3)},  # a fused optimizer writes past its end
+        {"exp_avg": torch.zeros(32).expand(260, 32)}, {"step": torch.zeros(3)}, {"exp_avg_sq": None})),
+    *({"progress": {"sums": sums, "reset_count": 0, "merged_at": None}}
+      for sums in (5, SUMS[1:], [*SUMS[:2], 1e300, *SUMS[3:]]))],
+    ids=lambda change: str(change)[:60])
 def test_a_training_state_of_other_contents_is_refused(tmp_path, run, change):
     shutil.copytree(run, tmp_path / "run")
     step = tmp_path / "run/checkpoints/step_2"
