@@ -3,6 +3,7 @@
     python bench.py                                            # tiny, full-rank and ReLoRA r 16, on this machine
     python bench.py --baseline hf --json bench.json            # and the stock Llama, taking turns in the same run
     python bench.py --presets tiny small --batch 16 --seq-len 2048 --compile on off --dropout 0.0 0.1
+    python bench.py --sweep                                    # seven shapes, each beside the stock Llama, and what it reaches
     python bench.py --everything --json gpu.json               # all that docs/performance.md wants of a GPU, in one go
 
 Every case lives in a process of its own, so that its peak memory is its own. The cases of a preset take turns, a few
@@ -34,18 +35,20 @@ import torch
 
 from config import Config, UserError, load_config
 from hub import parquet
-from hub.llama import byte_tokenizer_json
 from instruments import planning, timing
 from model import PicoDecoder
 from runtime import machine
 from runtime.command import Parser, command
 from runtime.progress import Progress
-from shards import write_shards
 from train import TrainState, build
 
 VOCAB = 50304
 PRESETS = ("tiny", "small", "medium", "large")
 SMALLER_BATCH = {"medium": 8, "large": 4}  # for --everything: three models share the memory
+SWEEP = (  # d_model, layers, heads, key and value heads, tokens a row, rows a step, ids
+    (128, 2, 4, 2, 128, 16, 257), (96, 12, 12, 4, 128, 16, 257), (96, 12, 12, 4, 2048, 1, 50304), (384, 6, 6, 2, 256, 4, 257),
+    (384, 12, 12, 4, 512, 1, 50304), (768, 4, 12, 4, 512, 1, 50304), (1536, 2, 12, 4, 256, 1, 50304))
+SWEPT = {"full-rank": ("full", 0.0), "r 16": ("r16", 0.0), "r 16, dropout 0.1": ("r16", 0.1), "r 128": ("r128", 0.0)}
 
 
 @dataclass
@@ -114,7 +117,7 @@ def work(case: Case) -> None:
         torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     cfg = case_config(case)
-    rows = torch.randint(VOCAB, (case.batch, case.seq_len + 1), device=device)
+    rows = torch.randint(cfg.model.vocab_size, (case.batch, case.seq_len + 1), device=device)
     if case.mode == "hf":
         t, (step, flops) = None, stock_step(case, cfg, device, rows)
     else:
@@ -207,6 +210,29 @@ def show_parts(results: list[dict[str, Any]]) -> None:
             print(f"{r['name']:44}" + "".join(cells))
 
 
+def sweep(args: argparse.Namespace) -> None:
+    """A line for each shape of SWEEP: the stock Llama's speed, ours as ratios to it, and the share of the products' speed."""
+    speed, results = timing.product_speed(machine.pick_device()), []
+    print(f"tokens/s of the stock Llama, ratios to it, and the share of the {speed / 1e9:,.0f} GFLOP/s that products reach\n\n"
+          f"| d, layers, heads, T, B, V | stock Llama | {' | '.join(SWEPT)} |\n|{' --- |' * (2 + len(SWEPT))}")
+    for d, layers, heads, kv_heads, length, batch, ids in SWEEP:
+        words = (f"model.d_model={d}", f"model.n_layers={layers}", f"model.attention_n_heads={heads}", f"model.vocab_size={ids}",
+                 f"model.attention_n_kv_heads={kv_heads}", f"model.activation_hidden_dim={4 * d}", *args.set)
+        stock, *ours = measure([Case("tiny", mode, dropout, args.compile[0] == "on", batch, length, args.threads, words)
+                                for mode, dropout in (("hf", 0.0), *SWEPT.values())], args.rounds, args.steps)
+        cells = (f"{r['tokens_per_second'] / stock['tokens_per_second']:.2f} "
+                 f"({r['tokens_per_second'] * r['flops_per_token'] / speed:.0%})" for r in ours)
+        print(f"| {d}, {layers}, {heads}/{kv_heads}, {length}, {batch}, {ids} | {stock['tokens_per_second']:,.0f} | "
+              f"{' | '.join(cells)} |", flush=True)
+        keep(results := [*results, stock, *ours], args.json)
+
+
+def keep(results: list[dict[str, Any]], path: Path | None) -> None:
+    """Write what there is so far: a run that is cut short has it."""
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def bench_data() -> dict[str, float]:
     """A shard of the size of Dolma's: 20,480 rows of 2,049 random ids, converted and delivered on one core."""
     with tempfile.TemporaryDirectory() as folder:
@@ -231,32 +257,6 @@ def count_recompilations(preset: str, batch: int, seq_len: int) -> dict[str, Any
     return {"name": "recompilations", "preset": preset, **found}
 
 
-def whole_run(preset: str, batch: int, seq_len: int, steps: int = 50) -> dict[str, Any]:
-    """A real run of train.py with its loader, merges and checkpoints: the median of its logged windows."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows = np.random.default_rng(0).integers(VOCAB, size=(4 * batch, seq_len + 1))
-        write_shards(Path(folder) / "data/train", rows, VOCAB, "random")
-        numerals = {"type": "WordLevel", "vocab": {str(i): i for i in range(VOCAB)}, "unk_token": "0"}  # any of so many ids do
-        made = byte_tokenizer_json() | {"added_tokens": [], "model": numerals}
-        (Path(folder) / "data/tokenizer.json").write_text(json.dumps(made))
-        words = [f"data.dataset.name={folder}/data", f"data.dataloader.batch_size={batch}", f"training.micro_batch_size={batch}",
-                 f"model.max_seq_len={seq_len}", f"training.stop_at_step={steps}", "training.optimization.lr_warmup_steps=5",
-                 "model.relora.reset_frequency=20", "model.relora.lora_dropout=0", "model.relora.r=16", "evaluation.metrics=null",
-                 "monitoring.logging.log_every_n_steps=5", "checkpointing.learning_dynamics=null",
-                 f"checkpointing.runs_dir={folder}", "checkpointing.run_name=run", "checkpointing.save_every_n_steps=25"]
-        root = Path(__file__).parent
-        done = subprocess.run([sys.executable, root / "train.py", root / f"config/pico-relora-{preset}.yaml", *words],
-                              capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"bench: {done.stderr.strip().splitlines()[-1]}")
-        lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
-    windows = [line for line in lines if "train/loss" in line][1:]  # the first compiles
-    found = {key: statistics.median(w[key] for w in windows) for key in ("tokens_per_second", "data/wait_fraction")}
-    print(f"{preset}: {steps} steps of train.py, ReLoRA r16 with its loader, merges and checkpoints: "
-          f"{found['tokens_per_second']:,.0f} tokens/s, wait for data {found['data/wait_fraction']:.2%}", flush=True)
-    return {"name": "whole run", "preset": preset, "steps": steps, **found}
-
-
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--presets", nargs="+", default=["tiny"], choices=PRESETS)
@@ -275,6 +275,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention", action="store_true", help="also compare attention backends")
     parser.add_argument("--recompilations", action="store_true", help="also count what merges make torch.compile do again")
     parser.add_argument("--run", action="store_true", help="also time 50 steps of train.py, loader and checkpoints on")
+    parser.add_argument("--sweep", action="store_true", help="instead: seven shapes from d 96 to 1,536, beside the stock Llama")
     parser.add_argument("--everything", action="store_true", help="all of the above for all sizes, as a GPU with 80 GB wants it")
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -283,7 +284,7 @@ def parse() -> argparse.Namespace:
     for mode in args.modes:
         if not re.fullmatch(r"full|r\d+", mode):
             raise UserError(f"--modes: {mode!r} is neither full nor rN, such as r16")
-    if args.baseline and importlib.util.find_spec("transformers") is None:
+    if (args.baseline or args.sweep) and importlib.util.find_spec("transformers") is None:
         raise UserError("--baseline hf: needs transformers; pip install transformers")
     if args.everything:
         args.presets, args.compile, args.baseline, args.batch, args.seq_len = list(PRESETS), ["on"], "hf", 16, 2048
@@ -297,10 +298,12 @@ def main() -> None:
         return work(Case(**json.loads(args.case)))
     if args.data_case:
         return print(json.dumps(timing.conversion(args.data_case, VOCAB)))
+    if args.sweep:
+        return sweep(args)
     results = [bench_data()] if args.data else []
     results += timing.sweep_attention(args.batch, args.seq_len) if args.attention else []
     results += [count_recompilations("tiny", args.batch, args.seq_len)] if args.recompilations else []
-    results += [whole_run(args.presets[0], args.batch, args.seq_len)] if args.run else []
+    results += [timing.whole_run(args.presets[0], args.batch, args.seq_len, VOCAB)] if args.run else []
     for preset in args.presets:
         cases = []
         batch = SMALLER_BATCH.get(preset, args.batch) if args.everything else args.batch
@@ -316,8 +319,7 @@ def main() -> None:
         results += (rows := measure(cases, args.rounds, args.steps))
         show(rows)
         show_parts(rows)
-        if args.json:  # after each preset: a run that is cut short keeps what it has
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+        keep(results, args.json)
     return None
 
 

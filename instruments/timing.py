@@ -1,16 +1,20 @@
-"""What bench.py measures inside of a process: the parts of a step, checkpoints, attention, recompilation, conversion."""
+"""What bench.py measures: the parts of a step, checkpoints, attention, recompilation, conversion, a whole run."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import checkpoint
 import evaluate
 import train
+from config import UserError
 from data import BatchLoader, TokenDataset, shard_entry, write_index
 from hub import architecture, llama
 from hub.parquet import convert_parquet
@@ -35,6 +40,14 @@ def our_step(t: TrainState, rows: torch.Tensor) -> Callable[[], None]:
         set_learning_rate(t.optimizers, t.step, t.cfg.training, t.cfg.model.relora)
         train.train_step(t, [(0, rows)])
     return step
+
+
+def product_speed(device: torch.device, size: int = 2048) -> float:
+    """Operations a second that a square matrix product reaches, in the numbers that training multiplies: the median of ten."""
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    times = [seconds(lambda: torch.mm(a, b), device) for _ in range(12)]
+    return 2 * size ** 3 / statistics.median(times[2:])
 
 
 def merge(t: TrainState) -> None:
@@ -146,3 +159,29 @@ def conversion(folder: Path, vocab_size: int) -> dict[str, float]:
         dataset.batch(step, batch)
     speed = made.rows * made.row_length / (time.perf_counter() - start)
     return {"convert_seconds": took, "peak_bytes": peak, "tokens_per_second": speed}
+
+
+def whole_run(preset: str, batch: int, seq_len: int, vocab: int, steps: int = 50) -> dict[str, Any]:
+    """A real run of train.py with its loader, merges and checkpoints: the median of its logged windows."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = np.random.default_rng(0).integers(vocab, size=(4 * batch, seq_len + 1))
+        write_shards(Path(folder) / "data/train", rows, vocab, "random")
+        numerals = {"type": "WordLevel", "vocab": {str(i): i for i in range(vocab)}, "unk_token": "0"}  # any of so many ids do
+        made = llama.byte_tokenizer_json() | {"added_tokens": [], "model": numerals}
+        (Path(folder) / "data/tokenizer.json").write_text(json.dumps(made))
+        words = [f"data.dataset.name={folder}/data", f"data.dataloader.batch_size={batch}", f"training.micro_batch_size={batch}",
+                 f"model.max_seq_len={seq_len}", f"training.stop_at_step={steps}", "training.optimization.lr_warmup_steps=5",
+                 "model.relora.reset_frequency=20", "model.relora.lora_dropout=0", "model.relora.r=16", "evaluation.metrics=null",
+                 "monitoring.logging.log_every_n_steps=5", "checkpointing.learning_dynamics=null",
+                 f"checkpointing.runs_dir={folder}", "checkpointing.run_name=run", "checkpointing.save_every_n_steps=25"]
+        root = Path(__file__).parent.parent
+        done = subprocess.run([sys.executable, root / "train.py", root / f"config/pico-relora-{preset}.yaml", *words],
+                              capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"bench: {done.stderr.strip().splitlines()[-1]}")
+        lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
+    windows = [line for line in lines if "train/loss" in line][1:]  # the first compiles
+    found = {key: statistics.median(w[key] for w in windows) for key in ("tokens_per_second", "data/wait_fraction")}
+    print(f"{preset}: {steps} steps of train.py, ReLoRA r16 with its loader, merges and checkpoints: "
+          f"{found['tokens_per_second']:,.0f} tokens/s, wait for data {found['data/wait_fraction']:.2%}", flush=True)
+    return {"name": "whole run", "preset": preset, "steps": steps, **found}
