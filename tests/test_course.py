@@ -75,6 +75,28 @@ def test_blocks_can_be_typed_into_a_plain_interpreter(page):
         assert not waiting, "\n".join(waiting)
 
 
+@pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
+def test_blocks_and_figures_fit_a_page(page):
+    """Code within 100 columns; figures drawn 5 inches wide, so that their letters are read on 400 pixels too."""
+    text = page.read_text()
+    lines = [line for language, block in BLOCK.findall(text) for line in block.splitlines() if language != "text"]
+    assert [line for line in lines if len(line) > 100] == []
+    drawn = re.findall(r"figsize=\((\S+), ", text)
+    assert set(drawn) <= {"5"} and len(drawn) == len(FIGURE.findall(text)) == text.count(".savefig(")
+    for figure in FIGURE.findall(text):
+        assert int.from_bytes((page.parent / figure).read_bytes()[16:20], "big") == 500, figure  # a PNG's width
+
+
+def test_the_teachers_table_of_what_breaks_has_the_lessons_figures():
+    section = (COURSE / "README.md").read_text().split("## What they break")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if re.match(r"\| \d", line)]
+    assert {row[0][0] for row in rows} == {page.stem[0] for page in LESSONS}
+    for lesson, _, _, comes, _ in rows:
+        shown = "\n".join(body for kind, body in BLOCK.findall(LESSONS[int(lesson[0]) - 1].read_text()) if kind == "text")
+        numbers = re.findall(r"\d+\.\d+|\de-\d+|\d\de[+-]\d+|\d{2,}%?", comes)
+        assert numbers and [number for number in numbers if number not in shown] == [], lesson
+
+
 def test_the_glossary_names_functions_that_are_there():
     entries = [line.split(" | ") for line in (lab.ROOT / "docs/glossary.md").read_text().splitlines() if line.startswith("| ")]
     entries = [entry for entry in entries if entry[0] not in ("| word", "| ---")]
