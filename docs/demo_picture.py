@@ -48,22 +48,22 @@ def main() -> None:
         return early([Path(word) for word in sys.argv[1:]])
     run, plt = ROOT / "runs/demo", plots.pyplot()
     record, rows = training_record(run), json.loads((run / "analysis/metrics.json").read_text())
-    figure, [(left, right)] = plots.panels(plt, 1, 2, 2.3, top=0.3, across=0.75)
-    plots.draw_loss(left, record, record["train/loss"], "tab:blue", "training loss")
-    left.set(ylabel="loss (nats a byte)", title="the loss, and its merges")
-    left.legend(fontsize=7)
+    figure, [[upper], [lower]] = plots.panels(plt, 2, 1, 2, top=0.3, down=0.8)  # 4.9 inches wide: read on a narrow screen
+    plots.draw_loss(upper, record, record["train/loss"], "tab:blue", "training loss")
+    upper.set(ylabel="loss (nats a byte)", title="the loss, and its merges")
+    upper.legend(fontsize=9)
     for metric, style in (("numerical_rank", "--"), ("effective_rank", "-")):
         by_layer = plots.curves(rows, SINCE, metric)[LAYER]
         for line in plots.layer_lines(plt, by_layer, metric, len(by_layer)):
             label = f"{line.label}, {plots.LABELS[metric]}"
-            right.plot(*zip(*line.points), f"o{style}", color=line.colour, markersize=3, label=label)
-    right.set(title=f"rank of the update ({LAYER}, 128 x 512)", ylim=(0, None))
-    right.legend(fontsize=7, handlelength=3)
-    for axis in (left, right):
+            lower.plot(*zip(*line.points), f"o{style}", color=line.colour, markersize=3, label=label)
+    lower.set(title=f"rank of the update ({LAYER}, 128 x 512)", ylim=(0, None))
+    lower.legend(fontsize=9, handlelength=3)
+    for axis in (upper, lower):
         plots.over_steps(axis)
         for step, _ in record["relora/reset_count"]:
             axis.axvline(step, color="0.6", linewidth=0.8, linestyle=":")
-    figure.savefig(ROOT / "docs/demo.png", dpi=90)
+    figure.savefig(ROOT / "docs/demo.png", dpi=100)
 
 
 if __name__ == "__main__":

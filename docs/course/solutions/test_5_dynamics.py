@@ -37,7 +37,10 @@ def test_noise_is_less_alike_with_more_examples():
 # ---- exercise 3 --------------------------------------------------------------------------------------------------
 
 def overlap(one, other, r):
-    """Mean squared cosine between the first r left singular directions of two updates: 1 the same, r / out chance."""
+    """Mean squared cosine between the first r left singular directions of two updates: 1 the same, r / out chance.
+
+    Neighbouring cycles of runs/course: 0.066, 0.073, 0.058, 0.047, 0.052, beside 4 / 64 = 0.0625: each cycle begins elsewhere.
+    """
     U, V = (torch.linalg.svd(update, full_matrices=False).U[:, :r] for update in (one, other))
     return torch.linalg.svdvals(U.T @ V).square().mean().item()
 
