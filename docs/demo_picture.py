@@ -1,4 +1,4 @@
-"""Draw docs/demo.png, the README's picture, from a real runs/demo; and docs/figures/early.png, of two runs analysed with log steps.
+"""Draw docs/demo.png, the README's picture, from a real runs/demo; and docs/figures/early.png, of two runs with log steps.
 
     make demo && .venv/bin/python analyze.py runs/demo && .venv/bin/python docs/demo_picture.py
     .venv/bin/python docs/demo_picture.py runs/log-full runs/log-relora
