@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -58,12 +60,14 @@ def main() -> None:
             label = f"{line.label}, {plots.LABELS[metric]}"
             lower.plot(*zip(*line.points), f"o{style}", color=line.colour, markersize=3, label=label)
     lower.set(title=f"rank of the update ({LAYER}, 128 x 512)", ylim=(0, None))
-    lower.legend(fontsize=9, handlelength=3)
+    lower.legend(fontsize=8, handlelength=3, loc="upper left")
     for axis in (upper, lower):
         plots.over_steps(axis)
         for step, _ in record["relora/reset_count"]:
             axis.axvline(step, color="0.6", linewidth=0.8, linestyle=":")
     figure.savefig(ROOT / "docs/demo.png", dpi=100)
+    with Image.open(ROOT / "docs/demo.png") as picture:  # 64 colours: a quarter of the bytes
+        picture.convert("RGB").quantize(64).save(ROOT / "docs/demo.png", optimize=True)
 
 
 if __name__ == "__main__":
