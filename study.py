@@ -3,12 +3,14 @@
     python study.py config/studies/smoke.yaml                # two arms, two seeds, under 2 minutes
     python study.py config/studies/ablation.yaml --jobs 2    # two runs side by side
     python study.py config/studies/ablation.yaml --report    # the verdict on what has been run so far
+    python study.py config/suites/pico-small.yaml            # four scales at equal steps, a minute
 
 Every arm is first run at every rate with a seed of its own, and the rate with the lowest loss on the first `selection_rows`
 of val is taken; where that is the lowest or the highest rate, the sweep goes on beyond it, and where there is one rate there
 is no sweep. Then it is run at that rate with each of `seeds`; what counts is the loss on the rest of val, which chose
 nothing. Runs are ordinary run folders, runs/STUDY/ARM/RUN; table.csv, study.json, study.html and the figures are in
-runs/STUDY. Killed at any moment, the same command goes on.
+runs/STUDY. Killed at any moment, the same command goes on. Where runs keep snapshots, one figure holds the arms' losses, ranks
+and similarities at equal steps.
 """
 
 from __future__ import annotations
@@ -112,10 +114,11 @@ class Worker:
 
     def _commands(self) -> Iterator[list[str]]:
         folder = self.plan.folder(self.job)
-        yield ["train.py", str(self.plan.base), *self.plan.words(self.job)]
+        yield ["train.py", str(self.plan.base(self.job.arm)), *self.plan.words(self.job)]
         if self.job.final:
-            yield ["evaluate.py", str(folder), "evaluation.metrics=[val]", "evaluation.val.max_rows=null",
-                   f"evaluation.val.skip_rows={self.plan.study.selection_rows}", "--out", str(folder / "eval_results" / FINAL)]
+            rows = self.plan.study
+            yield ["evaluate.py", str(folder), "evaluation.metrics=[val]", f"evaluation.val.max_rows={rows.final_rows or 'null'}",
+                   f"evaluation.val.skip_rows={rows.selection_rows}", "--out", str(folder / "eval_results" / FINAL)]
 
     def _start(self, words: list[str]) -> subprocess.Popen:
         """One thread each: with two runs of two threads on two cores, threads that wait would keep the others from working."""

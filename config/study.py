@@ -6,6 +6,7 @@
     arms:
       full-rank: [model.relora=null]
       relora: {overrides: [model.relora.r=4], rates: [8.0e-3, 1.6e-2]}
+      large: {base: config/pico-decoder-large.yaml}    # a configuration of its own: a suite of scales
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ SET_BY_STUDY = (RATE, SEED, "checkpointing.run_name", "checkpointing.runs_dir")
 @dataclass
 class Arm:
     overrides: list[str] = field(default_factory=list)  # section.key=value, on top of the base
+    base: str | None = None  # in place of the study's
     rates: list[float] | None = None  # in place of the study's
     against: str | None = None  # the arm that this one is compared with, in place of the study's reference
 
 
 @dataclass
 class Study:
-    base: str  # a configuration, seen from the study's file, from here or from the project
-    rates: list[float]  # to begin the sweep with; where there is one, it is taken
+    base: str | None = None  # a configuration, seen from the study's file, from here or from the project
+    rates: list[float] | None = None  # to begin the sweep with; where there is one, it is taken; null: the base's own
     seeds: list[int] = option(factory=lambda: [1, 2, 3, 4, 5], least=0)
     sweep_seeds: list[int] = option(factory=lambda: [0], least=0)  # of the sweep; their losses are averaged
     overrides: list[str] = field(default_factory=list)  # for all arms
     reference: str | None = None  # the arm that the others are compared with; null: the first
     vary: Literal["seed", "data"] = "seed"  # data: each seed also begins at other rows
     selection_rows: int = 1024  # of val, on which the rate is chosen and the curves are drawn
+    final_rows: int | None = None  # of val, behind these, that count; null: all
     extend: int = option(3, least=0)  # rates that the sweep may add beyond each of its ends
 
 
@@ -68,8 +71,7 @@ class Plan:
         self.arms = {name: _built(Arm, tree, path, f"arms.{name}") for name, tree in listed.items()}
         self.name, self.out = path.stem, out or Path("runs") / path.stem
         self.reference = self.study.reference or next(iter(self.arms))
-        self.base = next((p for p in (path.parent / self.study.base, Path(self.study.base), ROOT / self.study.base)
-                          if p.is_file()), Path(self.study.base))
+        self._places = (path.parent, Path(), ROOT)  # where a base may lie
         self._check(path)
 
     def _check(self, path: Path) -> None:
@@ -79,22 +81,30 @@ class Plan:
             if arm not in self.arms:
                 raise ConfigError(f"{path}: {key}: {arm!r} is no arm; there are {', '.join(self.arms)}")
         for name, values in (("seeds", self.study.seeds), ("rates", self.study.rates), ("sweep_seeds", self.study.sweep_seeds)):
-            if not values or len(set(values)) < len(values):
+            if values is not None and (not values or len(set(values)) < len(values)):
                 raise ConfigError(f"{path}: {name}: {values} are empty or hold one twice")
         if both := set(self.study.seeds) & set(self.study.sweep_seeds):
             raise ConfigError(f"{path}: sweep_seeds: {sorted(both)} are among seeds too; a rate would be chosen on the runs that "
                               "are reported")
-        for name in self.arms:
+        for name, arm in self.arms.items():
+            if (arm.base or self.study.base) is None:
+                raise ConfigError(f"{path}: base: is not set, and arms.{name} has none of its own; add base: CONFIG.yaml to one")
             if not re.fullmatch(r"[\w.+-]{1,80}", name) or name.startswith("."):
                 raise ConfigError(f"{path}: arms: {name!r} cannot name a folder; use letters, digits, '.', '_', '+' and '-'")
-            words = [word.partition("=")[0] for word in [*self.study.overrides, *self.arms[name].overrides]]
+            words = [word.partition("=")[0] for word in [*self.study.overrides, *arm.overrides]]
             if taken := next((key for key in SET_BY_STUDY if key in words), None):
                 raise ConfigError(f"{path}: arms.{name}: sets {taken}, which the study sets for each run; leave it out")
             if "val" not in (self.config(Job(name, self.rates(name)[0], self.study.seeds[0], True)).evaluation.metrics or []):
                 raise ConfigError(f"{path}: arms.{name}: evaluation.metrics must hold val, by which rates are chosen")
 
+    def base(self, arm: str) -> Path:
+        """The configuration that an arm's overrides stand on."""
+        name = self.arms[arm].base or self.study.base
+        return next((place / name for place in self._places if (place / name).is_file()), Path(name))
+
     def rates(self, arm: str) -> list[float]:
-        return sorted(self.arms[arm].rates or self.study.rates)
+        own = self.arms[arm].rates or self.study.rates
+        return sorted(own or [self._plain(arm).training.optimization.lr])
 
     def against(self, arm: str) -> str:
         """The arm that its losses are compared with."""
@@ -117,11 +127,15 @@ class Plan:
     def _first_row(self, seed: int) -> int:
         """Behind the rows of the seeds before, the same for every arm: as many for each as the longest arm's whole run takes."""
         seeds = [*self.study.sweep_seeds, *self.study.seeds]
-        arms = [load_config(self.base, [f"{key}={value}" for key, value in self._options(arm).items()]) for arm in self.arms]
+        arms = [self._plain(arm) for arm in self.arms]
         return seeds.index(seed) * max(cfg.data.dataloader.batch_size * cfg.last_step for cfg in arms)
 
+    def _plain(self, arm: str) -> Config:
+        """An arm's configuration before the study sets rate, seed and folder."""
+        return load_config(self.base(arm), [f"{key}={value}" for key, value in self._options(arm).items()])
+
     def config(self, job: Job) -> Config:
-        return load_config(self.base, self.words(job))
+        return load_config(self.base(job.arm), self.words(job))
 
     def folder(self, job: Job) -> Path:
         return self.out / job.arm / job.name
@@ -131,7 +145,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        near = ", ".join(str(p.relative_to(ROOT)) for p in sorted((ROOT / "config/studies").glob("*.yaml")))
+        near = ", ".join(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("config/s*/*.yaml")))
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); there are {near}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from checkpoint import read_state, step_folders
 from hub.llama import load_plain
-from instruments import measures
+from instruments import measures, scales
 from instruments.intervals import LEVEL, Interval, interval, paired_difference
 from instruments.plots import bands, plot_bands, pyplot
 from instruments.record import training_record
@@ -137,7 +137,9 @@ def plot_losses(plt, rows: list[dict[str, Any]], finals: list[Result]):
 
 
 def plot_rates(plt, arms: Iterable[str], results: list[Result]):
-    """Loss on the selection rows over the learning rate, an arm a line."""
+    """Loss on the selection rows over the learning rate, an arm a line; none where nothing was swept."""
+    if all(result.final for result in results):
+        return None
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for number, arm in enumerate(arms):
         tried: dict[float, list[float]] = {}
@@ -156,6 +158,19 @@ def plot_rates(plt, arms: Iterable[str], results: list[Result]):
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------------
+
+def write_scales(plt, page: Page, arms: Iterable[str], finals: list[Result]) -> dict[str, scales.Scale]:
+    """The chapter and the table of what snapshots of runs that did not diverge hold, and of which arms; without any, none."""
+    ended = sorted((result for result in finals if math.isfinite(result.loss)), key=lambda result: result.seed)
+    kept = scales.measured({arm: [result.folder for result in ended if result.arm == arm] for arm in arms},
+                           {result.arm: result.trainable for result in ended})
+    if kept:
+        page.results.write("scales.csv", table_text(scales.COLUMNS, scales.table(kept)))
+        page.chapter("At equal steps", f"Means over the layers that snapshots keep. {scales.same_rows(kept)} The last step is "
+                     "each run's own; CKA is debiased: plain CKA of unrelated examples rises with the width. analyze.py compare "
+                     "shows each kind of layer.", page.picture("scales", scales.plot(plt, kept)))
+    return kept
+
 
 def write(name: str, against: dict[str, str], best: dict[str, float | None], results: list[Result], out: Path) -> str:
     """table.csv, study.json, study.html and the figures of a study; returns its table as text, and where the page is.
@@ -181,7 +196,8 @@ def write(name: str, against: dict[str, str], best: dict[str, float | None], res
     curves = {arm: bands(training_record(run)["train/loss"] for run in folders) for arm, folders in runs.items()}
     page.chapter("Training", "Mean over the seeds, and its interval.",
                  page.picture("training", plot_bands(plt, curves, "training loss (nats a token, log scale)", log=True)))
-    ranks = {arm: bands(map(update_ranks, folders)) for arm, folders in runs.items()}
+    kept = write_scales(plt, page, best, finals)
+    ranks = {arm: bands(map(update_ranks, folders)) for arm, folders in runs.items() if arm not in kept}
     page.chapter("Rank of the update", "Effective rank, exp of the entropy of the normalised singular values, of each matrix's "
                  "weight minus that at step 0; mean over the blocks' matrices that have changed.",
                  page.picture("update_rank", plot_bands(plt, ranks, "effective rank of the cumulative update")))
