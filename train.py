@@ -35,7 +35,7 @@ from runtime.errors import Ending, TrainingError
 from runtime.log import log
 from runtime.progress import Progress
 from runtime.run_folder import RunFolder, name_run
-from runtime.wrap import eval_mode, gradient_sync, parallelize, reshard, wrapping
+from runtime.wrap import check_sharding, eval_mode, gradient_sync, parallelize, reshard, wrapping
 
 MERGE_TOLERANCE = 1e-4  # relative change of the logits that rounding explains
 PROBE_TOKENS = 128  # of the row on which a merge is checked
@@ -76,7 +76,7 @@ class Services:
 
 def train(cfg: Config, device: torch.device) -> None:
     micro, accumulation = cfg.micro_batches(dist.world_size())
-    config.check_strategy(cfg, dist.world_size())
+    check_sharding(cfg, device)
     cfg.checkpointing.run_name = name_run(cfg.checkpointing)
     folder = RunFolder(cfg.checkpointing, cfg.monitoring, to_dict(cfg))
     machine.same_everywhere(to_dict(cfg))

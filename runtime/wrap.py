@@ -15,12 +15,26 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import TrainingConfig
+from config import Config, ConfigError, TrainingConfig, check_strategy
 from runtime import dist, kernels
 from runtime.machine import choose_compile
 
 
 SHARDED = ("fsdp", "hsdp")
+SUMS = "set_force_sum_reduction_for_comms"  # FSDP2's method (torch 2.8) by which it sums and divides, and asks for no mean
+
+
+def check_sharding(cfg: Config, device: torch.device) -> None:
+    """Raise ConfigError for what torch cannot do on these ranks, or would do wrongly.
+
+    Up to torch 2.8 gloo's reduce-scatter, which CPUs use, gives the sum where it is asked for the mean, and says nothing.
+    """
+    check_strategy(cfg, dist.world_size())
+    if cfg.training.strategy in SHARDED and device.type == "cpu" and dist.world_size() > 1:
+        from torch.distributed.fsdp import FSDPModule
+        if not hasattr(FSDPModule, SUMS):
+            raise ConfigError(f"training.strategy: {cfg.training.strategy} on CPUs needs torch 2.8, and this is {torch.__version__}, "
+                              "whose gradients would be as many times too large as there are ranks; use ddp")
 
 
 def parallelize(model: nn.Module, blocks: Iterable[nn.Module], cfg: TrainingConfig, device: torch.device) -> nn.Module:
@@ -51,7 +65,11 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], cfg: TrainingConf
         mesh = init_device_mesh(device.type, (world,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if device.type == "cpu":  # see check_sharding
+        for part in filter(_has_fsdp, model.modules()):
+            getattr(part, SUMS)(True)
+    return model
 
 
 def _has_fsdp(model: nn.Module) -> bool:

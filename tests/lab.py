@@ -26,6 +26,7 @@ import yaml
 from torch.distributed import TCPStore
 
 from runtime import command as commands
+from runtime import wrap
 from shards import write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,12 @@ FAST_PATHS = True  # of the runs of tiny_tree; pytest --plain turns them off
 HALF = "training.optimization.gradient_accumulation_steps=2"  # on two ranks, tiny_tree's micro-batches of 2 rows
 FORKED_FROM = ["lab", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]  # what `forked` finds imported
 SHARED = ROOT.parent / "shared" / "data"  # real data, where it is at hand
+
+
+def shards() -> bool:
+    """Whether this torch trains with fsdp on CPUs; see wrap.check_sharding."""
+    from torch.distributed.fsdp import FSDPModule  # which takes seconds
+    return hasattr(FSDPModule, wrap.SUMS)
 
 
 def make_dataset(folder: Path, rows: int = 96, row_length: int = 17, vocab: int = 64, val_rows: int = 12,

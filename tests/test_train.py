@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 
 import checkpoint
 import lab
@@ -16,6 +17,7 @@ import train
 from config import ConfigError, check_strategy, config_from_dict, load_config
 from data import TokenDataset
 from model import PicoDecoder
+from runtime import wrap
 
 QUICK = ("evaluation.metrics=null", "checkpointing.learning_dynamics=null")
 BARE = (*QUICK, "checkpointing.save_every_n_steps=1000")
@@ -234,6 +236,18 @@ def test_what_cannot_be_sharded_over_these_ranks_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ConfigError, match="4 rows cannot be sharded over 8 ranks for muon"):
         check_strategy(cfg, 8)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+def test_sharding_is_refused_where_torch_would_sum_gradients_for_their_mean(monkeypatch, strategy):
+    """FSDP2 before torch 2.8 cannot be told to divide by itself, and gloo did not; NCCL does, and one process has no need."""
+    cfg = config_from_dict(lab.tiny_tree(Path("data"), Path("runs")), [f"training.strategy={strategy}"])
+    monkeypatch.delattr(FSDPModule, wrap.SUMS, raising=False)
+    wrap.check_sharding(cfg, torch.device("cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    wrap.check_sharding(cfg, torch.device("cuda"))
+    with pytest.raises(ConfigError, match=rf"training.strategy: {strategy} on CPUs needs torch 2\.8, and this is .*; use ddp$"):
+        wrap.check_sharding(cfg, torch.device("cpu"))
 
 
 def test_a_micro_batch_size_is_the_accumulation_that_it_implies(worlds, here):
