@@ -3,10 +3,11 @@
 # make study  what each part of ReLoRA brings: 8 arms, 5 seeds, with intervals; under an hour on 2 cores
 # make course run every block of docs/course, small; SCALE=full: as a student does, and its figures are drawn anew
 # make soak   kill a run 30 times at random moments; it must end as if nothing had been
+# make versions  the fast part of the tests with other versions of Python, torch and numpy; gigabytes to download
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test study course soak clean
+.PHONY: demo test study course soak versions clean
 
 demo: .venv/.installed
 	$(BIN)/python shards.py stdlib --out corpora/stdlib
@@ -36,6 +37,9 @@ course: .venv/.installed-dev
 
 soak: .venv/.installed-dev
 	$(BIN)/python tests/soak.py --kills 30
+
+versions: .venv/.installed-dev
+	$(BIN)/python tests/versions.py
 
 clean:
 	rm -rf corpora/stdlib runs/demo
