@@ -111,17 +111,18 @@ def main() -> None:
     done = json.loads(told.read_text()) if told.exists() else []
     done = [] if set(wanted) <= set(done) else done  # all of them were tried: anew
     FOLDER.mkdir(exist_ok=True)
+    if not args.python:
+        shutil.rmtree(FOLDER / "env", ignore_errors=True)  # what a killed one has left
     for name in [name for name in wanted if name not in done]:
         print(f"{args.python or name} ...", flush=True)
-        shutil.rmtree(FOLDER / "env", ignore_errors=True)  # what a killed one has left
         row = {} if args.python else dict(zip(COLUMNS, name.split("/"), strict=False))
         problem = "" if args.python else install(name, FOLDER)
         row |= {"remarks": problem} if problem else attempt(args.python or FOLDER / "env/bin/python", FAST)
         PAGE.write_text(page(PAGE.read_text() if PAGE.exists() else "", row, ".".join(map(str, OLDEST_TORCH))))
         print(", ".join(f"{row.get(key, '-')} {key}" for key in COLUMNS[:7]), flush=True)
-        done.append(name)
-        told.write_text(json.dumps(done))
-        shutil.rmtree(FOLDER / "env", ignore_errors=True)
+        if not args.python:
+            told.write_text(json.dumps(done := [*done, name]))
+            shutil.rmtree(FOLDER / "env", ignore_errors=True)
 
 
 if __name__ == "__main__":
