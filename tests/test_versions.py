@@ -38,9 +38,10 @@ def test_what_cannot_be_had_or_imported_is_a_remark(tmp_path):
 
 def test_a_row_takes_the_place_of_the_one_of_the_same_versions_in_their_order():
     text = ""
-    for python, torch, numpy, passed in (("3.11.7", "2.10.0", "2.1.0", "3"), ("3.9", "2.6", "1.26", "-"), ("3.11.7", "2.8.0", "2.1.0", "4"),
-                                         ("3.11.9", "2.10.1+cpu", "2.4.0", "5"), ("3.11.7", "2.10.0", "1.26.4", "6")):
-        text = versions.page(text, {"Python": python, "torch": torch, "numpy": numpy, "passed": passed, "remarks": "a | b"}, "2.6")
+    for words in ("3.11.7 2.10.0 2.1.0 3", "3.9 2.6 1.26 -", "3.11.7 2.8.0 2.1.0 4", "3.11.9 2.10.1+cpu 2.4.0 5",
+                  "3.11.7 2.10.0 1.26.4 6"):
+        row = dict(zip(versions.COLUMNS, words.split(), strict=False))
+        text = versions.page(text, row | {"remarks": "a | b"}, "2.6")
     rows = versions.rows_of(text)
     assert [(row["Python"], row["torch"], row["passed"]) for row in rows] == [
         ("3.9", "2.6", "-"), ("3.11.7", "2.8.0", "4"), ("3.11.7", "2.10.0", "6"), ("3.11.9", "2.10.1+cpu", "5")]

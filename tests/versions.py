@@ -109,7 +109,8 @@ def main() -> None:
     wanted = ["-"] if args.python else [name for name in COMBINATIONS if name.startswith(args.only)]
     told = FOLDER / "done.json"
     done = json.loads(told.read_text()) if told.exists() else []
-    done = [] if set(wanted) <= set(done) else done  # all of them were tried: anew
+    if set(wanted) <= set(done):  # all of them were tried: anew
+        done = [name for name in done if name not in wanted]
     FOLDER.mkdir(exist_ok=True)
     if not args.python:
         shutil.rmtree(FOLDER / "env", ignore_errors=True)  # what a killed one has left
@@ -117,7 +118,7 @@ def main() -> None:
         print(f"{args.python or name} ...", flush=True)
         row = {} if args.python else dict(zip(COLUMNS, name.split("/"), strict=False))
         problem = "" if args.python else install(name, FOLDER)
-        row |= {"remarks": problem} if problem else attempt(args.python or FOLDER / "env/bin/python", FAST)
+        row |= {"remarks": problem} if problem else attempt((args.python or FOLDER / "env/bin/python").absolute(), FAST)
         PAGE.write_text(page(PAGE.read_text() if PAGE.exists() else "", row, ".".join(map(str, OLDEST_TORCH))))
         print(", ".join(f"{row.get(key, '-')} {key}" for key in COLUMNS[:7]), flush=True)
         if not args.python:
