@@ -60,7 +60,8 @@ def install(name: str, folder: Path) -> str:
                   [folder / "env/bin/python", "-m", "pip", "install", "--quiet", "--no-cache-dir", "-r", folder / "wanted.txt"]):
         done = subprocess.run(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
-            return f"cannot be installed: {([*done.stdout.split(chr(10)), ''][-2] or words[2])[:150]}"
+            lines = done.stdout.splitlines() or ["no word"]
+            return f"cannot be installed: {next((line for line in lines if line.startswith('ERROR')), lines[-1])[:150]}"
     return ""
 
 
