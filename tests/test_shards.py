@@ -392,10 +392,11 @@ def test_a_large_text_takes_little_memory(tmp_path):
     zoo.save("gpt2", tmp_path)
     (tmp_path / "a.txt").write_bytes(zoo.TEXT.encode() * 30_000)  # 10 MB
     script = tmp_path / "measured.py"
-    script.write_text("import shards\nfrom runtime.machine import peak_memory\nfrom runtime.command import command\ntry:\n"
-                      "    command(shards.main)\nfinally:\n    print('peak', peak_memory() >> 20)\n")
+    script.write_text("import shards\nfrom runtime.machine import peak_memory\nfrom runtime.command import command\n"
+                      "before = peak_memory()\ntry:\n    command(shards.main)\nfinally:\n"  # a torch for CUDA takes 500 MB itself
+                      "    print('peak', peak_memory() - before >> 20)\n")
     printed = lab.run(script, "text", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", tmp_path)
-    assert int(printed.split("peak ")[1].split()[0]) < 500
+    assert int(printed.split("peak ")[1].split()[0]) < 250
 
 
 @pytest.mark.parametrize("option", ["--row-length=4", "--val-share=0.1", "--eos=</s>", "--special-tokens=text"])
