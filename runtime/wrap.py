@@ -29,11 +29,12 @@ def check_sharding(cfg: Config, device: torch.device) -> None:
 
     Up to torch 2.8 gloo's reduce-scatter, which CPUs use, gives the sum where it is asked for the mean, and says nothing.
     """
+    strategy = cfg.training.strategy
     check_strategy(cfg, dist.world_size())
-    if cfg.training.strategy in SHARDED and device.type == "cpu" and dist.world_size() > 1:
+    if strategy in SHARDED and device.type == "cpu" and dist.world_size() > 1:
         from torch.distributed.fsdp import FSDPModule
         if not hasattr(FSDPModule, SUMS):
-            raise ConfigError(f"training.strategy: {cfg.training.strategy} on CPUs needs torch 2.8, and this is {torch.__version__}, "
+            raise ConfigError(f"training.strategy: {strategy} on CPUs needs torch 2.8, and this is {torch.__version__}, "
                               "whose gradients would be as many times too large as there are ranks; use ddp")
 
 
