@@ -27,10 +27,9 @@ from typing import Any, NamedTuple
 
 import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
-import yaml
 
 from config import ConfigError, config_from_dict
-from config.reading import flat, show
+from config.reading import flat, read_yaml, show, yaml_text
 from data import TokenDataset
 from hub.folders import resolve
 from instruments import report
@@ -62,14 +61,14 @@ DEFAULT = [
 def read_requests(path: Path) -> tuple[list[Request], list[int] | range | None]:
     """(requests, steps) of a pico-analyze configuration. Raises AnalysisError naming what it does not know."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(yaml_text(path), plain=False)
         steps = tree.get("steps")
         requests = [_request(metric, component) for metric in tree["metrics"] for component in metric["components"]]
         if isinstance(steps, dict):  # as there, the first step at or past `end` counts too
             steps = range(steps["start"], steps["end"] + steps["step"], steps["step"])
         elif not (steps is None or isinstance(steps, list)):
             raise TypeError(f"steps are {{start, end, step}} or a list, not {show(steps)}")
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, ConfigError, KeyError, TypeError, AttributeError) as error:
         raise AnalysisError(f"{path}: not a pico-analyze configuration ({error})") from None
     return requests, steps
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import queue
 import threading
 import time
@@ -64,7 +65,7 @@ def read_index(folder: Path) -> dict[str, Any]:
                  and index["dtype"] in ("uint16", "uint32")
                  and all(shard["file"] == Path(shard["file"]).name and shard["sha256"] and _sources_fit(shard)
                          for shard in index["shards"])
-                 and all(isinstance(number, float) for number in (index.get("entropy") or {}).values()))
+                 and _entropy_fits(index.get("entropy") or {}))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not an index of token shards ({type(error).__name__}: {error})") from None
     if not sound or not index["shards"]:
@@ -75,6 +76,11 @@ def read_index(folder: Path) -> dict[str, Any]:
 def _sources_fit(shard: dict[str, Any]) -> bool:
     sources = shard.get("sources")
     return sources is None or len(sources) == shard["rows"] and all(isinstance(source, str) for source in sources)
+
+
+def _entropy_fits(entropy: dict[str, float]) -> bool:
+    return not entropy or entropy.keys() == {"unigram", "bigram"} and all(
+        isinstance(number, float) and math.isfinite(number) for number in entropy.values())
 
 
 def shard_entry(path: Path, rows: int, sources: list[str] | None = None) -> dict[str, Any]:

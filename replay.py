@@ -38,6 +38,7 @@ from runtime.command import Parser, command
 from runtime.errors import TrainingError
 from runtime.log import log
 
+TINY = 1e-30  # in place of a recorded loss of 0
 STRAY = 1e-3  # relative difference of a loss that rounding on other processes does not explain
 LOOK = "replay.json"  # in a step folder: how its snapshots were come by
 
@@ -86,7 +87,7 @@ class Replay:
         loss, recorded = state.progress.read(state.step).loss, self.recorded.get(state.step)
         if loss is None or recorded is None:
             return
-        self.compared, difference = self.compared + 1, abs(loss - recorded) / abs(recorded)
+        self.compared, difference = self.compared + 1, abs(loss - recorded) / max(abs(recorded), TINY)
         self.largest = max(self.largest, difference)
         if difference > STRAY:
             raise TrainingError(f"step {state.step}: the loss is {loss}, and the run recorded {recorded}: this is not its course "
@@ -251,7 +252,9 @@ def main() -> None:
             if lock.held:
                 lock.release()
         same = "equal bit for bit to" if replay.largest == 0 else f"up to {replay.largest:.1e} of their size from"
-        log.info(f"{len(left)} steps replayed; {replay.compared} losses on the way, {same} those that the run recorded")
+        proof = f"{replay.compared} losses on the way, {same} those that the run recorded" if replay.compared else \
+            "the run has recorded no loss on the way, so that nothing proves them"
+        log.info(f"{len(left)} steps replayed; {proof}")
 
 
 if __name__ == "__main__":

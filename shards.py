@@ -38,7 +38,7 @@ from hub.tokenizers import (TOKENIZER, ByteTokenizer, Tokenizer, check_tokenizer
 from runtime.command import Parser, command, number
 from runtime.errors import FULL
 from runtime.files import STAGING, NoRoom, fsync_folder, host_name, remove_tree, staging_name
-from runtime.log import log
+from runtime.log import log, printable
 
 OLMO_VOCABULARY = 50_304  # of the pretokenized Dolma's models
 ROW_LENGTH, VAL_SHARE = 2_049, 0.05  # of packed documents, by default
@@ -213,7 +213,7 @@ def verify(folder: Path) -> int:
     total = 0
     for split in splits:
         dataset = TokenDataset(split.parent, split.name)
-        for i, entry in enumerate(tqdm(dataset.index["shards"], desc=f"verifying {split}", unit=" shards")):
+        for i, entry in enumerate(tqdm(dataset.index["shards"], desc=printable(f"verifying {split}"), unit=" shards")):
             dataset.shard(i)  # compares the checksum
             dataset.rows(int(dataset.starts[i]), entry["rows"])
         total += len(dataset)
@@ -251,7 +251,7 @@ def describe(folder: Path) -> None:
         rows = sum(shard["rows"] for shard in index["shards"])
         print(f"{path.parent}: {rows:,} rows of {index['row_length']} tokens in {len(index['shards'])} shard(s), "
               f"{rows * index['row_length']:,} tokens, vocabulary {index['vocab_size']:,}")
-        if "entropy" in index:
+        if index.get("entropy"):
             print(f"{'':{len(str(path.parent))}}  entropy in nats a token: unigram {index['entropy']['unigram']:.2f}, "
                   f"bigram {index['entropy']['bigram']:.2f}")
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from config.checks import check, check_resume, check_strategy, warnings  # noqa: F401 (some are for importers)
-from config.reading import ConfigError, UserError, apply_overrides, build, flat, option, read_yaml, show  # noqa: F401
+from config.reading import (ConfigError, UserError, apply_overrides, build, flat, option, read_yaml, show,  # noqa: F401
+                            yaml_text)
 
 for _module in Path(__file__).parent.parent.glob("*.py"):  # this is the first import of every command
     if (_module.with_suffix("") / "__init__.py").exists():  # it would win the import from the module, and be executed
@@ -321,7 +322,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = yaml_text(path)
     except (OSError, UnicodeDecodeError) as error:
         presets = sorted(p.name for p in Path(__file__).parent.glob("*.yaml"))
         near = difflib.get_close_matches(path.name, presets, n=1, cutoff=0.3) or presets[:1]

@@ -5,13 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import math
+import os
 import reprlib
+import stat
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+
+MOST_YAML = 16 << 20  # bytes of a file
+GROWTH, FEW = 10, 10_000  # how often what is written may stand there by aliases, and what any file may hold
 
 
 class UserError(Exception):
@@ -56,16 +64,14 @@ class Plain(str):
         return plain
 
 
-class _Loader(yaml.SafeLoader):
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            value = super().construct_object(node, deep)
-        except ValueError:  # such as a date in month 13
-            if not isinstance(node, yaml.ScalarNode):
-                raise
-            value = node.value
-        plain = isinstance(node, yaml.ScalarNode) and node.style is None and not isinstance(value, str)
-        return Plain(node.value, value) if plain else value
+class _Strict(yaml.SafeLoader):
+    """No key written twice, and no aliases that grow: a few lines of those stand for more than any memory holds."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node, sizes = super().get_single_node(), {}
+        if node is not None and _things(node, sizes) > GROWTH * len(sizes) + FEW:
+            raise ConfigError(f"not YAML that is read here: its aliases stand for more than {GROWTH} times of what it says")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines: dict[str, int] = {}
@@ -77,10 +83,41 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(text: str) -> Any:
-    """YAML as plain values and `Plain` scalars. Raises ConfigError, without the name of the file."""
+def _things(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """The nodes at and below one, each alias counted as all that it stands for; `sizes` holds those counted already."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 1 << 62  # until it is known: of a node that holds itself
+        inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+        sizes[id(node)] = 1 + sum(_things(one, sizes) for item in inside for one in (item if isinstance(item, tuple) else [item]))
+    return sizes[id(node)]
+
+
+class _Loader(_Strict):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except ValueError:  # such as a date in month 13
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            value = node.value
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None and not isinstance(value, str)
+        return Plain(node.value, value) if plain else value
+
+
+def yaml_text(path: Path) -> str:
+    """The text of a YAML file. Raises OSError where it is none: a named pipe would be waited for, /dev/zero has no end."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EISDIR, "is no file", str(path))
+    if status.st_size > MOST_YAML:
+        raise OSError(errno.EFBIG, f"has {status.st_size:,} bytes, more than such a file has", str(path))
+    return path.read_text(encoding="utf-8")
+
+
+def read_yaml(text: str, plain: bool = True) -> Any:
+    """YAML as plain values and, with `plain`, `Plain` scalars. Raises ConfigError, without the name of the file."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader if plain else _Strict)
     except ConfigError:
         raise
     except Exception as error:  # PyYAML lets ValueError, KeyError, RecursionError and others through

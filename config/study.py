@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from config import Config, ConfigError, load_config, option
-from config.reading import build, read_yaml
+from config.reading import build, read_yaml, yaml_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE, SEED, FIRST_ROW = "training.optimization.lr", "training.seed", "data.dataloader.first_row"
@@ -143,7 +143,7 @@ class Plan:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = read_yaml(path.read_text(encoding="utf-8"))
+        tree = read_yaml(yaml_text(path))
     except (OSError, UnicodeDecodeError) as error:
         near = ", ".join(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("config/s*/*.yaml")))
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); there are {near}") from None

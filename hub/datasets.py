@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import re
 import threading
@@ -20,9 +19,10 @@ from data import INDEX, DataError, read_index, shard_entry, write_index
 from hub.client import HubError, Refused, fetch_folder, with_retries
 from hub.parquet import SPLITS, Converted, complete_sources, convert_parquet, split_of
 from runtime import dist
-from runtime.files import STAGING, fsync_folder, host_name, make_folders, remove_tree, sha256, staging_name, try_again, write_file
+from runtime.files import (STAGING, fsync_folder, host_name, make_folders, read_object, remove_tree, sha256, staging_name,
+                           try_again, write_file)
 from runtime.locks import alive
-from runtime.log import node_log
+from runtime.log import node_log, printable
 
 WINDOW = "window.json"  # of a streamed split: see streaming.py
 HERE, EARLIER = "corpora", "data"  # the folder of datasets, and its name in earlier versions
@@ -175,7 +175,7 @@ def _files_of(name: str, split: str, subset: str | None, names: list[str]) -> li
 def _cached(name: str, split: str, subset: str | None, path: Path) -> Source | None:
     """The source that a window or an index in the cache is of."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: as good as not there
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_object(path)
         files = kept.get("files") or [shard["file"] for shard in kept["shards"]]
         if all(isinstance(file, str) for file in files):
             return Source(name, split, path.parent.parent.name, list(files), subset)
@@ -220,7 +220,7 @@ def download(source: Source, numbers: range, out: Path, cfg: DatasetConfig, voca
     make_fresh(staged)
     entries, lengths = [], set()
     try:
-        for number in tqdm(numbers, desc=f"fetching {source.name}", unit=" shards", disable=None):
+        for number in tqdm(numbers, desc=printable(f"fetching {source.name}"), unit=" shards", disable=None):
             path = staged / f"shard-{len(entries):05d}.npy"
             made = fetch(source, number, path, vocab_size, cfg.patience_minutes)
             lengths.add(made.row_length)
@@ -281,8 +281,14 @@ def local_or_hub(name: str, split: str, cfg: DatasetConfig, vocab_size: int) -> 
 
 
 def _origin(window: Path) -> tuple[str, str]:
-    kept = json.loads(window.read_text(encoding="utf-8"))
-    return kept.get("source") or window.parents[2].name.replace("--", "/"), window.parents[1].name
+    """(name, revision) of the Hub dataset that a streamed split's folder is of. Raises DataError."""
+    try:
+        source = read_object(window).get("source") or window.absolute().parents[2].name.replace("--", "/")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{window}: cannot be read ({getattr(error, 'strerror', None) or error}); delete it") from None
+    if not isinstance(source, str):
+        raise DataError(f"{window}: does not say which data set it is of; delete it")
+    return source, window.absolute().parents[1].name
 
 
 def _complete(source: Source, folder: Path, cfg: DatasetConfig, vocab_size: int) -> None:

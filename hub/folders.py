@@ -63,12 +63,9 @@ def lacks(step: Path) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError, or Unreadable."""
     try:
-        found = json.loads(files.read_text(path, MOST_JSON))
-    except (OSError, ValueError, RecursionError) as error:
+        return files.read_object(path, MOST_JSON)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
-    return found
 
 
 def one_line(error: Exception) -> str:

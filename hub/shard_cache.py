@@ -25,7 +25,7 @@ from config import UserError
 from data import DataError, token_dtype
 from hub.datasets import WINDOW, Source, exists, remove_leftovers
 from hub.parquet import Converted
-from runtime.files import make_folders, process_name, read_text, sha256, write_text
+from runtime.files import make_folders, process_name, read_object, sha256, write_text
 
 BEAT_SECONDS, LIVE_SECONDS = 10.0, 180.0  # between signs of life; after which a process counts as gone (NFS may be 60 s late)
 
@@ -143,7 +143,6 @@ def _is_entry(value: dict[str, Any]) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is none, or a damaged one."""
     try:
-        value = json.loads(read_text(path))
-        return value if isinstance(value, dict) else {}
+        return read_object(path)
     except (OSError, ValueError, UserError):
         return {}

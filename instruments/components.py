@@ -78,6 +78,11 @@ def _circuits(run: Snapshots, step: int, request: Request, tensors: dict[str, Te
         wanted = request.layers is None or layer in request.layers
         if not wanted or o_proj is None or request.data == "gradients" and (v_proj is None or at_output is None):
             continue
+        kv_width, counted = size * m["attention_n_kv_heads"], here.shape[1 if request.data == "activations" else 0]
+        alike = request.data != "gradients" or v_proj.shape == here.shape and o_proj.shape == at_output.shape
+        if not (o_proj.shape[1] == m["d_model"] and counted == kv_width and alike):
+            raise AnalysisError(f"{run.path}: the snapshot of step {step} holds {name} and {outputs} of other sizes than the "
+                                "heads of training_config.yaml; one of the two is of another model")
         found = []
         for head in range(heads):
             mine, shared = slice(head * size, (head + 1) * size), slice(head // groups * size, (head // groups + 1) * size)

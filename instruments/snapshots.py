@@ -25,13 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, Writer, gather_state, read_manifest, step_folders, torch_writer
 from config import CheckpointingConfig, ConfigError, LearningDynamicsConfig
-from config.reading import show
+from config.reading import read_yaml, show, yaml_text
 from data import to_device
 from hub.tokenizers import Tokenizer
 from model import PicoDecoder, rotate
@@ -239,12 +238,12 @@ class Snapshots:
     def __init__(self, run: Path):
         self.path = run
         try:
-            self.config = yaml.safe_load((run / "training_config.yaml").read_text(encoding="utf-8"))
+            self.config = read_yaml(yaml_text(run / "training_config.yaml"), plain=False)
             options = self.config["checkpointing"]
             self.dynamics, checkpoints = options["learning_dynamics_dir"], run / options["checkpoints_dir"]
             run / self.dynamics  # a text
             _check_model(self.config["model"])
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{run}: not a run folder ({error}){did_you_mean(run)}") from None
         except (ConfigError, RecursionError) as error:
             raise CheckpointError(f"{run}/training_config.yaml: {error}") from None

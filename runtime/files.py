@@ -72,6 +72,17 @@ def read_text(path: Path, most: int = MOST) -> str:
     return try_again(lambda: path.read_text(encoding="utf-8"), path)
 
 
+def read_object(path: Path, most: int = MOST) -> dict[str, Any]:
+    """The object in a JSON file. Raises OSError, or ValueError where it holds none."""
+    try:
+        found = json.loads(read_text(path, most))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
 def sha256(path: Path) -> str:
     require_file(path)
 

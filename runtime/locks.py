@@ -12,6 +12,7 @@ from pathlib import Path
 
 from config import ConfigError, UserError
 from runtime import files
+from runtime.log import printable
 
 TAKEOVER_SECONDS = 0.3
 HEARTBEAT_SECONDS = 10.0  # between the lock's signs of life
@@ -67,16 +68,17 @@ class RunLock:
 
     def _holder(self) -> tuple[str, int, str] | None:
         try:
-            found = json.loads(files.read_text(self.path))
-            return str(found["host"]), int(found["pid"]), str(found["born"])
-        except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
+            found = files.read_object(self.path)
+        except (OSError, UserError, ValueError):
             return None
+        host, pid, born = (found.get(key) for key in ("host", "pid", "born"))
+        return (host, pid, str(born)) if isinstance(host, str) and host.split() and type(pid) is int else None
 
     def _alive(self, host: str, pid: int, born: str) -> bool:
         if host == _machine() and os.name == "posix":
             return birth(pid) == born
         before, end = self.path.stat().st_mtime, time.monotonic() + 3 * HEARTBEAT_SECONDS
-        print(f"{self.path}: held by process {pid} on {host.split()[0]}; waiting for a sign of life", flush=True)
+        print(printable(f"{self.path}: held by process {pid} on {host.split()[0]}; waiting for a sign of life"), flush=True)
         while time.monotonic() < end:
             time.sleep(0.2)
             if not self.path.exists() or self.path.stat().st_mtime != before:
