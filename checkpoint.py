@@ -198,7 +198,8 @@ def prune_training_states(checkpoints: Path, cfg: CheckpointingConfig) -> None:
     """Delete all but the newest cfg.keep_training_states training states; snapshots and weights stay."""
     if cfg.keep_training_states is None:
         return
-    holders = [folder for folder in step_folders(checkpoints) if (folder / cfg.fabric_checkpoint_dir).is_dir()]
+    holders = [folder for folder in step_folders(checkpoints)
+               if (folder / cfg.fabric_checkpoint_dir).is_dir() and not folder.is_symlink()]  # which would be another run's
     for folder in holders[cfg.keep_training_states:]:
         try:
             entries = read_manifest(folder)
@@ -215,6 +216,9 @@ def step_folders(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     found = [(int(m[1]), p) for p in checkpoints.iterdir() if (m := re.fullmatch(r"step_(\d+)", p.name))]
+    if odd := next((p for number, p in found if p.name != f"step_{number}"), None):  # two might be of one step
+        raise CheckpointError(f"{odd}: is not how the folder of a step is named; give it the name of its step, such as step_"
+                              f"{int(odd.name[5:])}, or move it away")
     return [path for _, path in sorted(found, reverse=True)]
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -35,9 +34,9 @@ from hub.tokenizers import Tokenizer, load_tokenizer, text_bytes
 from instruments import blimp
 from runtime import dist, machine, signals
 from runtime.command import Parser, command
-from runtime.files import write_json
+from runtime.files import read_object, refuse_links, write_json
 from runtime.kernels import IGNORE
-from runtime.log import log
+from runtime.log import log, printable
 from runtime.progress import perplexity
 from runtime.wrap import eval_mode
 
@@ -334,11 +333,12 @@ def main() -> None:
 def write_results(out: Path, results: dict[str, dict[str, Any]], beside: bool) -> None:
     """Write a JSON file; with `beside`, other metrics that it holds already stay."""
     try:
+        refuse_links(*((out.parents[1], out) if beside else (out,)))
         out.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(out.read_text(encoding="utf-8")) if beside and out.is_file() else {}
+        before = read_object(out) if beside and out.exists() else {}
         write_json(out, before | results)
-    except (OSError, ValueError) as error:
-        words = f"{out}: cannot be written ({getattr(error, 'strerror', error)}); give another file with --out"
+    except (OSError, ValueError, UserError) as error:
+        words = printable(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error}); give another with --out")
         if not beside:
             raise UserError(words) from None
         print(words)  # such as the run of somebody else

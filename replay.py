@@ -61,6 +61,7 @@ class Replay:
             raise ConfigError(f"{run}: not a run folder{files.did_you_mean(run)}")
         self.options = load_config(path).checkpointing
         self.checkpoints = run / self.options.checkpoints_dir
+        files.refuse_links(run, self.checkpoints)
         self.recorded: dict[int, float] = dict(training_record(run)["train/loss"])
         self.compared, self.largest = 0, 0.0  # losses beside those recorded, and how far apart, relative
 
@@ -127,6 +128,7 @@ def run_probe(function: Callable[[Any, Tensor], Any], name: str) -> Look:
         found = function(state.model, torch.cat([rows for _, rows in batch]))
         state.model.zero_grad(set_to_none=True)
         path = replay.run / "probes" / name / f"step_{state.step}.pt"
+        files.refuse_links(replay.run, path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         if dist.rank() == 0:
             files.write_file(path, lambda file: torch.save(found, file))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
@@ -16,6 +17,7 @@ from hub.llama import load_decoder, resolve
 from hub.tokenizers import load_tokenizer
 from runtime import machine
 from runtime.command import Parser, command
+from runtime.log import printable
 
 
 def stream_text(model, tokenizer, prompt: str, new_tokens: int, temperature: float, top_k: int | None, seed: int,
@@ -41,6 +43,11 @@ def batch_of_texts(model, tokenizer, prompt: str, count: int, new_tokens: int, t
     drawn = model.stream(start.expand(count, -1), new_tokens, temperature, top_k, seed, tokenizer.vocab_size)
     rows = torch.cat(list(drawn), 1).tolist()
     return [tokenizer.decode(row[:row.index(tokenizer.eos)] if tokenizer.eos in row else row) for row in rows]
+
+
+def fit_for(stream, text: str) -> str:
+    """Text as it is, but for a terminal, which would obey what a stranger's model or tokenizer makes of its tokens."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text) if stream.isatty() else text
 
 
 def prepare(model, tokenizer, prompt: str, new_tokens: int, device: torch.device) -> tuple[torch.Tensor, int]:
@@ -87,12 +94,12 @@ def main() -> None:
         how = (args.tokens, args.temperature, args.top_k, args.seed, device)
         if args.samples > 1:
             for number, text in enumerate(batch_of_texts(model, tokenizer, prompt, args.samples, *how), 1):
-                print(f"{head}, {number} of {args.samples}\n{prompt}{text}")
+                print(fit_for(sys.stdout, f"{head}, {number} of {args.samples}\n{prompt}{text}"))
             continue
         prepare(model, tokenizer, prompt, args.tokens, device)  # what is wrong with the prompt is told before it is shown
-        print(f"{head}\n{prompt}", end="", flush=True)
+        print(fit_for(sys.stdout, f"{head}\n{prompt}"), end="", flush=True)
         for piece in stream_text(model, tokenizer, prompt, *how):
-            print(piece, end="", flush=True)
+            print(fit_for(sys.stdout, piece), end="", flush=True)
         print()
 
 

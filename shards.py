@@ -30,7 +30,7 @@ from config import DatasetConfig, TokenizerConfig
 from data import INDEX, DataError, TokenDataset, read_index, shard_entry, token_dtype, write_index
 from hub import datasets, streaming
 from hub.inputs import IDS, ROWS, TEXTS, Input, by_split, content_of, find_inputs
-from hub.packing import TokenFile, entropies, write_shards, write_split  # noqa: F401 (some are for importers)
+from hub.packing import TokenFile, Unbroken, entropies, write_shards, write_split  # noqa: F401 (some are for importers)
 from hub.parquet import TOKENS, complete_sources, convert_parquet
 from hub.text import read_documents, read_tokens
 from hub.tokenizers import (TOKENIZER, ByteTokenizer, Tokenizer, check_tokenizer, describe_tokenizer, load_tokenizer,
@@ -139,8 +139,11 @@ def make_files(out: Path, args: argparse.Namespace) -> None:
         return
 
     def fill(tokens: TokenFile, found: list[Input]) -> None:
-        if kind == TEXTS:
-            tokens.add_documents(read_documents(found, column), tokenizer)
+        try:
+            if kind == TEXTS:
+                tokens.add_documents(read_documents(found, column), tokenizer)
+        except Unbroken as error:
+            raise DataError(f"{names_of(found, 3)}: {error}") from None
         for item in found if kind == IDS else []:
             for ids in read_tokens(item.path, tokenizer.vocab_size if tokenizer else vocab_size):
                 tokens.add(ids)

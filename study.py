@@ -15,7 +15,6 @@ and similarities at equal steps.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -24,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import config  # noqa: F401  # isort: skip  # before torch, whose threads it teaches to wait
 import torch
@@ -47,17 +47,32 @@ def result_of(plan: Plan, job: Job) -> verdict.Result | None:
     """What a run came to; None where it has not ended. A run that diverged has an infinite loss."""
     folder = plan.folder(job)
     try:
-        ended = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
-        beside = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        ended, beside = (files.read_object(folder / name) for name in ("exit.json", "study.json"))
     except (OSError, ValueError):
         return None
+    if beside.keys() != {"peak_bytes", *verdict.COSTS} or not all(map(_is_cost, beside.values())):
+        raise ConfigError(f"{folder / 'study.json'}: is not what a study writes there; move the run's folder away")
     if ended.get("code") and DIVERGED in str(ended.get("reason")):
         return verdict.Result(job.arm, job.rate, job.seed, job.final, math.inf, math.inf, folder, **beside)
     final, selection = folder / "eval_results" / FINAL, verdict.last_loss(folder)
     if ended.get("code") != 0 or job.final and not final.exists():
         return None
-    loss = json.loads(final.read_text(encoding="utf-8"))["val"]["loss"] if job.final else selection
+    loss = _final_loss(final) if job.final else selection
     return verdict.Result(job.arm, job.rate, job.seed, job.final, loss, selection, folder, **beside)
+
+
+def _is_cost(value: Any) -> bool:
+    return value is None or type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _final_loss(path: Path) -> float:
+    try:
+        loss = files.read_object(path)["val"]["loss"]
+        if type(loss) is float and math.isfinite(loss):
+            return loss
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{path}: holds no val loss; delete it, and start again")
 
 
 def sweep_of(plan: Plan, arm: str, results: dict[Job, verdict.Result]) -> tuple[list[Job], float | None]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import html
+import re
 from pathlib import Path
 
-from config import load_config
+from config import UserError, load_config
+from runtime.files import read_object
+from runtime.log import printable
 
 RELORA = "ReLoRA (arXiv 2307.05695)"
 
@@ -20,10 +23,10 @@ def model_card(run: Path, step: int) -> str:
     repo = cfg.checkpointing.hf_checkpoint.repo_id
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]", "---", "",
-        f"# {run.resolve().name}", "",
+        f"# {plain(run.resolve().name)}", "",
         f"A Pico decoder, d_model {model.d_model}, {model.n_layers} layers, {model.vocab_size:,} ids, trained {how}, with a "
         "record of how it learned. The weights are a plain LlamaForCausalLM, adapters merged.", "",
-        f"- data: {cfg.data.dataset.name}, {cfg.data.dataloader.batch_size} rows of {model.max_seq_len} tokens a step",
+        f"- data: {plain(cfg.data.dataset.name)}, {cfg.data.dataloader.batch_size} rows of {model.max_seq_len} tokens a step",
         f"- optimizer: {cfg.training.optimization.optimizer}, learning rate {cfg.training.optimization.lr:g}, "
         f"{cfg.training.optimization.lr_scheduler}, seed {cfg.training.seed}",
         f"- steps: {step:,} of {cfg.last_step:,} so far; each uploaded step has a tag, `step-N`", "",
@@ -38,15 +41,19 @@ def model_card(run: Path, step: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plain(text: object) -> str:
+    """A stranger's name as text of Markdown, and no more than that."""
+    return re.sub(r"([\\`*_{}\[\]()#|!~])", r"\\\1", html.escape(printable(str(text))))
+
+
 def _numbers(run: Path, results_dir: str) -> list[str]:
     """A table of the evaluations that there are."""
     lines = []
     for path in sorted((run / results_dir).glob("step_*.json"), key=lambda path: (len(path.name), path.name)):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            told = [f"{name} {key.replace('_', ' ')} {value:.4f}" for name, metrics in found.items()
+            told = [f"{plain(name)} {plain(key.replace('_', ' '))} {value:.4f}" for name, metrics in read_object(path).items()
                     for key, value in metrics.items() if isinstance(value, float)]
-        except (OSError, ValueError, AttributeError):
+        except (OSError, UserError, ValueError, AttributeError):
             continue
-        lines.append(f"| {path.stem.removeprefix('step_')} | {', '.join(told)} |")
+        lines.append(f"| {plain(path.stem.removeprefix('step_'))} | {', '.join(told)} |")
     return ["| step | evaluation |", "| --- | --- |", *lines, ""] if lines else []

@@ -12,11 +12,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from config.reading import show
 from data import DataError
 from hub.parquet import SPLITS, decompressed, open_table, split_of
 from hub.tokenizers import read_object
+from runtime.files import require_file
 from runtime.log import log
 
 SUPPORTED = ("text in UTF-8; JSON Lines or arrays (.jsonl, .ndjson, .json), CSV and TSV; these also as .gz and .zst; parquet; "
@@ -87,14 +89,29 @@ def _in_folder(folder: Path, column: str) -> list[Input]:
 
 def _saved(folder: Path) -> Iterator[Input]:
     """The Arrow files of a `datasets.save_to_disk` folder, under names that tell the split."""
-    for split in read_object(folder / "dataset_dict.json").get("splits", []):
-        yield from (item._replace(name=f"{split}/{item.path.name}") for item in _saved(folder / str(split)))
+    yield from _files_of(folder)
+    for split in _names(folder / "dataset_dict.json", read_object(folder / "dataset_dict.json").get("splits")):
+        yield from (item._replace(name=f"{split}/{item.path.name}") for item in _files_of(folder / split))
+
+
+def _files_of(folder: Path) -> Iterator[Input]:
+    """The Arrow files of one split."""
     state = read_object(folder / "state.json") if (folder / "dataset_info.json").exists() else {}
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: selects rows of its files; save flatten_indices() of it")
-    for file in state.get("_data_files") or []:
-        path = folder / PurePath(str(file["filename"])).name
-        yield Input(path, f"{state.get('_split')}/{path.name}", "table")
+    files = state.get("_data_files") or []
+    listed = [file.get("filename") if isinstance(file, dict) else file for file in files] if isinstance(files, list) else files
+    for name in _names(folder / "state.json", listed):
+        yield Input(folder / name, f"{state.get('_split')}/{name}", "table")
+
+
+def _names(path: Path, listed: Any) -> list[str]:
+    """Names that a file lists of what lies beside it. Raises DataError for others."""
+    wrong = [] if listed is None else [listed] if not isinstance(listed, list) else [
+        name for name in listed if not isinstance(name, str) or PurePath(name).name != name or name == ".."]
+    if wrong:
+        raise DataError(f"{path}: {show(wrong[0])} is not the name of something beside it; save the data set anew")
+    return listed or []
 
 
 def kind_of(path: Path, column: str) -> str:
@@ -106,6 +123,7 @@ def kind_of(path: Path, column: str) -> str:
         suffixes.pop()
     kind = KINDS.get(suffixes[-1] if suffixes else "")
     try:
+        require_file(path)
         with open(path, "rb") as raw:
             start = raw.read(HEAD_BYTES)
             raw.seek(0)
@@ -141,7 +159,7 @@ def _begins_as_json(text: str) -> bool:
         _, end = json.JSONDecoder().raw_decode(text, begin.end())
     except json.JSONDecodeError as error:  # one that goes on behind the head fails at its end, or as a string without an end
         return error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
-    except RecursionError:
+    except (RecursionError, ValueError):  # too deep, or a number of more digits than Python reads
         return True  # refused where it is read
     return text[end:].lstrip()[:1] in (",", "]", "") if begin[1] else text[end:].lstrip()[:1] in ("{", "")
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data import shard_entry, token_dtype, write_index
-from hub.tokenizers import Tokenizer, require_eos
+from data import DataError, shard_entry, token_dtype, write_index
+from hub.tokenizers import ByteTokenizer, Tokenizer, require_eos
 from runtime.files import require_room, write_file
 
 PIECE = 1 << 15  # characters: many pieces in a batch keep many cores busy
@@ -26,7 +26,9 @@ BATCH = 1 << 20  # characters encoded at once: 100 bytes of memory a token, some
 AHEAD = 2  # batches being encoded
 CONTEXT = 256  # characters on either side of a cut that are looked at
 CUTS = [re.compile(pattern) for pattern in (r"(?<=\w) (?=\w)", r"(?<=\S)\s", r"(?<=\w)[^\w\s]")]
+ANYWHERE = re.compile(r"(?s:.)")  # where tokens are bytes
 TRIES = 8  # of each kind of place
+LONGEST_WORD = 1 << 23  # characters: a tokenizer takes 100 bytes of memory for each of what it is given at once
 
 
 SHARD_ROWS = 20_480  # rows of a shard, as in the pretokenized Dolma
@@ -36,6 +38,10 @@ ENTROPY_VOCABULARY = 1_024  # the largest whose pairs are counted
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------
+
+class Unbroken(DataError):
+    """A text that nowhere can be cut."""
+
 
 class Part(NamedTuple):
     """A piece of a document for the tokenizer."""
@@ -52,6 +58,9 @@ def cut(pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Iterator[Pa
         while len(held) - start > least + CONTEXT:
             place, ids = find_cut(held, start + least - PIECE // 2, start + least, tokenizer)
             if place is None:  # no word ends here; a longer piece is looked at
+                if least > LONGEST_WORD:
+                    raise Unbroken(f"{least:,} characters from {held[start:start + 40]!r} on hold no end of a word; break them "
+                                   "up, or leave them out")
                 least *= 2
                 continue
             yield Part(context + held[start:place], skip, False)
@@ -63,7 +72,7 @@ def cut(pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> Iterator[Pa
 
 def find_cut(text: str, first: int, end: int, tokenizer: Tokenizer) -> tuple[int | None, int]:
     """(a place from `first` to `end` where a cut changes no token, the number of ids of the CONTEXT before it)."""
-    for pattern in CUTS:
+    for pattern in (*CUTS, ANYWHERE) if isinstance(tokenizer, ByteTokenizer) else CUTS:
         for _, found in zip(range(TRIES), pattern.finditer(text, first, end)):
             place = found.start()
             before, after = text[place - CONTEXT:place], text[place:place + CONTEXT]

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from data import DataError, token_dtype
-from runtime.files import require_room, reserve
+from runtime.files import require_file, require_room, reserve
 from runtime.log import node_log
 
 TOKENS = "input_ids"
@@ -82,6 +82,7 @@ def open_table(path: Path) -> Iterator[Table]:
     import pyarrow.parquet as parquet
     with contextlib.ExitStack() as stack:
         with refusing(path):
+            require_file(path)
             file = stack.enter_context(open(path, "rb"))
             table = stack.enter_context(parquet.ParquetFile(file)) if file.read(4) == b"PAR1" else None
             schema = open_arrow(file)[0] if table is None else table.schema_arrow

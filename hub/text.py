@@ -24,7 +24,7 @@ from runtime.log import log
 
 BLOCK_BYTES = 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")  # JSON's
-LONGEST_FIELD = 1 << 26  # characters of a CSV field: a quote that is never closed would swallow the file
+LONGEST = 1 << 26  # characters of a row or a JSON value: a quote that is never closed would swallow the file
 
 Piece = tuple[str, bool]  # some text, and whether a document ends behind it
 Advance = Callable[[int], Any]  # told of bytes of the file as they are read
@@ -90,6 +90,8 @@ def read_lines(path: Path, advance: Advance) -> Iterator[str]:
     for text in read_blocks(path, advance):
         *lines, rest = (rest + text).split("\n")
         yield from (line + "\n" for line in lines)
+        if len(rest) > LONGEST:
+            raise DataError(f"{path}: has a line of more than {LONGEST:,} characters; break it up, or give it as a text (.txt)")
     if rest:
         yield rest
 
@@ -107,7 +109,7 @@ def read_json(path: Path, column: str, advance: Advance) -> Iterator[tuple[str |
 
 def json_values(path: Path, advance: Advance) -> Iterator[tuple[Any, int]]:
     """(value, line) of each value in a file, or of each element where it is one array; one is held at a time."""
-    blocks, decode = read_blocks(path, advance), json.JSONDecoder().raw_decode
+    blocks, decode = read_blocks(path, advance), json.JSONDecoder(object_pairs_hook=_each_once).raw_decode
     text, at, line, ended, place = "", 0, 1, False, "start"
     while True:
         start = SPACE.match(text, at).end()
@@ -124,16 +126,28 @@ def json_values(path: Path, advance: Advance) -> Iterator[tuple[Any, int]]:
             value, end = decode(text, at)
         except json.JSONDecodeError as error:
             # a value that goes on in the next block fails at the end of this one, or as a string without an end
+            if len(text) - at > LONGEST:
+                raise DataError(f"{path}: line {line} begins a value of more than {LONGEST:,} characters; break it up") from None
             if not ended and (error.pos > len(text) - 16 or error.msg.startswith("Unterminated")):
                 added = _take(blocks, len(text) - at)
                 text, at, ended = text[at:] + added, 0, not added
                 continue
             raise DataError(f"{path}: line {line + text.count(chr(10), at, error.pos)} is no JSON ({error.msg})") from None
-        except RecursionError:
-            raise DataError(f"{path}: line {line} is nested too deeply") from None
+        except (RecursionError, ValueError) as error:  # a number of more digits than Python reads
+            what = "is nested too deeply" if isinstance(error, RecursionError) else f"cannot be used ({error})"
+            raise DataError(f"{path}: line {line} {what}") from None
         place = "lines" if place == "start" else place
         yield value, line
         line, at = line + text.count("\n", at, end), end
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is written twice in one object, and one of the two would be lost")
+    return found
 
 
 def _take(blocks: Iterator[str], least: int) -> str:
@@ -147,18 +161,30 @@ def _take(blocks: Iterator[str], least: int) -> str:
 
 def read_csv(path: Path, column: str, advance: Advance, delimiters: str = ",;") -> Iterator[tuple[str | None, str]]:
     """(text, where) of the rows of a table with a header."""
-    csv.field_size_limit(LONGEST_FIELD)
-    lines = read_lines(path, advance)
+    csv.field_size_limit(LONGEST)
+    lines, held = read_lines(path, advance), 0
     header = next(lines, "")
-    for delimiter in delimiters:
-        columns = next(csv.reader([header], delimiter=delimiter), [])
-        if column in columns:
-            break
-    else:
+    try:
+        tables = {delimiter: next(csv.reader([header], delimiter=delimiter), []) for delimiter in delimiters}
+    except csv.Error as error:
+        raise DataError(f"{path}: line 1 is no CSV ({error})") from None
+    delimiter, columns = next(((by, names) for by, names in tables.items() if column in names), ("", []))
+    if columns.count(column) > 1:
+        raise DataError(f"{path}: its first line names the column {column} {columns.count(column)} times; rename all but one")
+    if not columns:
         raise DataError(f"{path}: its first line names no column {column}; choose with --text-column: {header.strip()[:200]}")
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+
+    def counted() -> Iterator[str]:
+        nonlocal held
+        for line in lines:
+            if (held := held + len(line)) > LONGEST:
+                raise DataError(f"{path}: line {rows.line_num + 1} goes on with a row of more than {LONGEST:,} characters; is a "
+                                "quote not closed?")
+            yield line
+    rows = csv.reader(counted(), delimiter=delimiter, strict=True)
     try:
         for row in rows:
+            held = 0
             if row and len(row) != len(columns):
                 raise DataError(f"{path}: line {rows.line_num + 1} has {len(row)} fields, the header {len(columns)}")
             if row:

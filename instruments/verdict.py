@@ -24,6 +24,9 @@ COLUMNS = ("arm", "learning_rate", "at_edge", "seeds", "loss", "loss_low", "loss
            "difference_low", "difference_high", "p", "tokens", "seconds", "peak_bytes", "trainable")
 
 
+COSTS = ("tokens", "seconds", "trainable")
+
+
 class Result(NamedTuple):
     """One run: losses in nats a token on the rows of val that count and on those that choose, and what it took."""
     arm: str
@@ -51,7 +54,7 @@ def costs(run: Path) -> dict[str, Any]:
     """{tokens, seconds, trainable} of a run so far."""
     record, seconds, before = training_record(run), 0.0, 0
     for (_, tokens), (_, speed) in zip(record["tokens"], record["tokens_per_second"]):
-        seconds, before = seconds + (tokens - before) / speed, tokens
+        seconds, before = seconds + (tokens - before) / max(speed, 1e-9), tokens
     states = [path for folder in step_folders(run / "checkpoints") if (path := folder / "training_state/checkpoint.pt").exists()]
     state = read_state(states[0]) if states else None
     trainable = sum(state["model"][name].numel() for name in state["optimizer"]) if state else None

@@ -198,6 +198,16 @@ def no_links(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
+def refuse_links(top: Path, *below: Path) -> None:
+    """Raise UserError where a way from `top`, which may be a link of the user's own, to one of the paths `below` is a link."""
+    for path in below:
+        parts = path.relative_to(top).parts
+        for link in (top.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)):
+            if link.is_symlink():
+                raise UserError(f"{link}: is a link to {os.readlink(link)}, and nothing is written through one that lies in a "
+                                "folder that may be somebody else's; put what it leads to in its place")
+
+
 def replace(staged: Path, path: Path) -> None:
     """Rename over a file, also where the file system renames over none."""
     try:

@@ -92,6 +92,7 @@ def extend(folder: Path, writers: dict[str, Writer]) -> None:
     try:
         files.require_room(folder, size, "it")
         entries = read_manifest(folder)
+        files.refuse_links(folder.parent, *(folder / name for name in writers))
         staged.mkdir()
         for name, writer in writers.items():
             entry = files.write_file(staged / "file", writer.write)

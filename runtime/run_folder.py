@@ -105,8 +105,15 @@ class RunFolder:
 
     def lock(self) -> None:
         """Nobody else may use the folder from here on, if it is there. Every rank must call it. Raises ConfigError."""
-        dist.on_rank0(lambda: self._lock.acquire() if self.path.is_dir() and not self._lock.held else None)
+        dist.on_rank0(lambda: self._acquire() if self.path.is_dir() else None)
         self._check_shared()
+
+    def _acquire(self) -> None:
+        """The lock of a folder that is there, and may be a stranger's: nothing is written through what is a link in it."""
+        names = (self.checkpointing.checkpoints_dir, self.checkpointing.evaluation.eval_results_dir, "tensorboard")
+        files.refuse_links(self.path, self.metrics_path, self.log_path, *(self.path / name for name in names))
+        if not self._lock.held:
+            self._lock.acquire()
 
     def _check_shared(self) -> None:
         """Raise ConfigError unless all machines see one folder: what rank 0 wrote into its lock, each reads."""
@@ -131,8 +138,6 @@ class RunFolder:
         try:
             found = self._lock.held or not self.path.is_dir()
             files.make_folders(self.path / self.checkpointing.logs_dir)
-            if link := next((path for path in (self.metrics_path, self.log_path) if path.is_symlink()), None):
-                raise UserError(f"{link}: is a link to {os.readlink(link)}, and a run writes through none; put a file there")
             if not self._lock.held:
                 self._lock.acquire()
             if not found and (self.path / self.checkpointing.checkpoints_dir).exists():
@@ -275,7 +280,8 @@ class RunFolder:
             if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or wandb.api.api_key):
                 raise RuntimeError("not logged in: run `wandb login`, or set WANDB_API_KEY")
             self._wandb = wandb.init(project=options.project or None, entity=options.entity or None, name=self.path.name,
-                                     id=marker.read_text().strip(), resume="allow", dir=str(self.path), config=self.resolved)
+                                     id=files.read_text(marker, 1000).strip(), resume="allow", dir=str(self.path),
+                                     config=self.resolved)
         except Exception as error:  # not installed, not logged in, no network: go on without
             log.warning(f"monitoring.save_to_wandb: W&B is not available ({error}); metrics.jsonl is written as always")
 

@@ -156,7 +156,7 @@ def test_csv_that_cannot_be_used_is_refused_naming_the_line(tmp_path, content, s
 
 
 def test_a_quote_that_is_never_closed_does_not_swallow_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "LONGEST_FIELD", 1000)
+    monkeypatch.setattr(text, "LONGEST", 1000)
     assert "line 2" not in refusal(tmp_path / "a.csv", b'text\n"never\n' + b"closed, no\n" * 10_000)
 
 
