@@ -69,7 +69,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not an index of token shards ({type(error).__name__}: {error})") from None
     if not sound or not index["shards"]:
-        raise DataError(f"{path}: needs row_length of 2 or more, a uint dtype, finite entropies or none, and shards with rows in this folder")
+        raise DataError(f"{path}: needs row_length of 2 or more, a uint dtype, entropies that are finite or none, and shards "
+                        "with rows in this folder")
     return index
 
 

@@ -24,6 +24,9 @@ SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "
           "test": "test"}
 ENDINGS = r"(?:\.(?:txt|text|raw|tokens|jsonl?|ndjson|csv|tsv|parquet|arrow|bin|gz|zst|zstd))*"
 BATCH_ROWS = 1024
+LONGEST_ROW = 1 << 24  # ids
+BATCH_VALUES = 1 << 24  # that are in memory at once, where rows are long
+MOST_GROWTH, SMALL = 1000, 1 << 28  # how far a file may unpack, and bytes that any may unpack to: few are many in a bomb
 
 
 # ---- names -----------------------------------------------------------------------------------------------------
@@ -63,14 +66,15 @@ class Table(NamedTuple):
         kinds = {}
         for field in self.schema:
             inner = getattr(field.type, "value_type", None)
-            plain = inner if types.is_dictionary(field.type) else field.type
-            if types.is_string(plain) or types.is_large_string(plain):
+            if is_text(field.type):
                 kinds[field.name] = "text"
-            elif plain is not inner and inner is not None and types.is_integer(inner):
+            elif not types.is_dictionary(field.type) and inner is not None and types.is_integer(inner):
                 kinds[field.name] = "tokens"
         if column not in self.schema.names:
             usable = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none of token lists or of text"
             raise DataError(f"{self.path}: has no column {column}; choose with --column: {usable}")
+        if self.schema.names.count(column) > 1:
+            raise DataError(f"{self.path}: has {self.schema.names.count(column)} columns {column}; rename all but one")
         if column not in kinds:
             raise DataError(f"{self.path}: {column} is {self.schema.field(column).type}, not lists of whole numbers, nor text")
         return kinds[column]
@@ -88,15 +92,50 @@ def open_table(path: Path) -> Iterator[Table]:
             schema = open_arrow(file)[0] if table is None else table.schema_arrow
             rows = sum(map(len, open_arrow(file)[1])) if table is None else table.metadata.num_rows
 
+        def unchecked(columns: list[str], at_once: int) -> Iterator[Any]:
+            if table is not None:
+                at_once = fitting(path, table.metadata, columns, at_once)
+                texts = [name for name in columns if is_text(schema.field(name).type)]  # one that stands in many rows, once
+                yield from parquet.ParquetFile(file, read_dictionary=texts).iter_batches(at_once, columns=columns)
+                return
+            for batch in open_arrow(file)[1]:
+                for start in range(0, len(batch), at_once):
+                    yield batch.select(columns).slice(start, at_once)
+
         def batches(columns: list[str], at_once: int) -> Iterator[Any]:
+            done = 0
             with refusing(path):
-                if table is not None:
-                    yield from table.iter_batches(at_once, columns=columns)
-                    return
-                for batch in open_arrow(file)[1]:
-                    for start in range(0, len(batch), at_once):
-                        yield batch.select(columns).slice(start, at_once)
+                for batch in unchecked(columns, at_once):
+                    if (done := done + len(batch)) <= rows:
+                        yield batch
+            if done != rows:
+                raise DataError(f"{path}: says that it holds {rows:,} rows, and holds {done:,}; it is damaged")
         yield Table(path, schema, rows, batches)
+
+
+def is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def fitting(path: Path, metadata: Any, columns: list[str], at_once: int) -> int:
+    """How many rows of a parquet file to read at once, `at_once` at most. Raises DataError for what no file of its size holds."""
+    size, rows = path.stat().st_size, max(1, metadata.num_rows)
+    chunks = [chunk for group in map(metadata.row_group, range(metadata.num_row_groups))
+              for chunk in map(group.column, range(group.num_columns)) if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns)]
+    counted = sum(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+    values = {name: sum(chunk.num_values for chunk in chunks if chunk.path_in_schema == name)
+              for name in {chunk.path_in_schema for chunk in chunks}}
+    if counted != metadata.num_rows or any(count < metadata.num_rows for count in values.values()):
+        raise DataError(f"{path}: says that it holds {metadata.num_rows:,} rows, and its parts do not; it is damaged")
+    unpacked = sum(max(chunk.total_uncompressed_size, 4 * chunk.num_values) for chunk in chunks)
+    if unpacked > max(SMALL, MOST_GROWTH * size):
+        raise DataError(f"{path}: unpacks to {unpacked / 1e6:,.0f} MB from {size / 1e6:,.3f}; it is damaged, or a bomb")
+    longest = max(values.values(), default=1) // rows
+    if longest > LONGEST_ROW:
+        raise DataError(f"{path}: has rows of some {longest:,} ids, and {LONGEST_ROW:,} are the most; cut them")
+    return max(1, min(at_once, BATCH_VALUES // max(1, longest)))
 
 
 def open_arrow(file: BinaryIO) -> tuple[Any, Iterator[Any]]:
@@ -118,7 +157,7 @@ def refusing(path: Path) -> Iterator[None]:
     import pyarrow as arrow
     try:
         yield
-    except (OSError, TypeError, arrow.ArrowException) as error:
+    except (OSError, TypeError, UnicodeDecodeError, arrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as parquet or Arrow ({' '.join(str(error).split())[:200]})") from None
 
 
@@ -195,10 +234,11 @@ def sources_of(table: Table, path: Path) -> list[str] | None:
     """Where each row is from, if the file says so in a column `source` of text."""
     if "source" not in table.schema.names:
         return None
-    sources = [source for batch in table.batches(["source"], BATCH_ROWS) for source in batch.column(0).to_pylist()]
-    if not all(isinstance(source, str) for source in sources if source is not None):
+    if not is_text(table.schema.field("source").type):
         node_log.info(f"{path}: its column source holds no text and is left out")
         return None
+    with refusing(path):
+        sources = [source for batch in table.batches(["source"], BATCH_ROWS) for source in batch.column(0).to_pylist()]
     if missing := sources.count(None):
         node_log.info(f"{path}: {missing} of {len(sources)} rows have no source; they are called {NO_SOURCE}")
     return [NO_SOURCE if source is None else source for source in sources]
@@ -222,16 +262,19 @@ def read_texts(path: Path, column: str) -> Iterator[tuple[str | None, float]]:
         if table.kind_of(column) != "text":
             raise DataError(f"{path}: {column} holds token ids, not text; use shards.py parquet --column {column}")
         done = 0
-        for batch in table.batches([column], BATCH_ROWS // 8):
-            for text in batch.column(0).to_pylist():
-                done += 1
-                yield text, done / table.rows
+        with refusing(path):
+            for batch in table.batches([column], BATCH_ROWS // 8):
+                for text in batch.column(0):  # one at a time: all together may be many times what the file holds
+                    done += 1
+                    yield text.as_py(), done / table.rows
 
 
-def records(path: Path) -> list[dict]:
-    """Every row of a small parquet file as a dict."""
-    import pyarrow.parquet as parquet
-    return parquet.read_table(path).to_pylist()
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """Every row of a parquet file as a dict."""
+    with open_table(path) as table, refusing(path):
+        for batch in table.batches(table.schema.names, BATCH_ROWS):
+            for number in range(len(batch)):
+                yield {name: column[number].as_py() for name, column in zip(table.schema.names, batch.columns)}
 
 
 def write_rows(path: Path, rows: np.ndarray) -> None:

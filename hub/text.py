@@ -49,6 +49,8 @@ def _texts(item: Input, column: str, advance: Advance) -> Iterator[Piece]:
         if text is None:
             missing += 1
             continue
+        if len(text) > LONGEST:
+            raise DataError(f"{item.path}: {where} has a text of more than {LONGEST:,} characters; break it up")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:

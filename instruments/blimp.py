@@ -17,15 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import BlimpConfig, ConfigError, DatasetConfig
+from config.reading import show
 from hub import parquet
 from hub.client import fetch_folder
 from hub.datasets import find_local
 from hub.tokenizers import Tokenizer
 from runtime import dist
+from runtime.files import require_file
 from runtime.log import log
 
 KINDS = (".parquet", ".zip", ".jsonl")  # of files with pairs: where a folder has several, the first is read
-MOST_BYTES = 1 << 30  # of one of them, unpacked; all of BLiMP has 26 MB
+MOST_BYTES, LONGEST = 1 << 27, 1 << 16  # of one of them, unpacked (all of BLiMP has 26 MB); characters of a text in it
 MOST_CUT = 0.01  # share of sentences longer than the model, from which on a score tells nothing
 
 
@@ -76,7 +78,9 @@ def _records(path: Path) -> Iterator[Any]:
             raise ValueError(f"it holds several zips, {', '.join(file.name for file in chosen)}; name one")
         for file in chosen:
             yield from _records(file)
-    elif zipfile.is_zipfile(path):
+        return
+    require_file(path)
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = sorted(name for name in set(archive.namelist()) if name.endswith(".jsonl") and "__MACOSX" not in name)
             _check_size(path, sum(archive.getinfo(name).file_size for name in names))
@@ -99,8 +103,8 @@ def _lines(content: bytes) -> Iterator[Any]:
 
 def _pair(record: Any) -> Pair:
     pair = Pair(record["UID"], record["linguistics_term"], record["sentence_good"], record["sentence_bad"])
-    if not all(isinstance(text, str) for text in pair):
-        raise ValueError(f"not texts: {str(record)[:80]}")
+    if not all(isinstance(text, str) and len(text) < LONGEST for text in pair):
+        raise ValueError(f"not texts of a sentence: {show(record)[:200]}")
     return pair
 
 
