@@ -108,7 +108,7 @@ def _files_of(folder: Path) -> Iterator[Input]:
 def _names(path: Path, listed: Any) -> list[str]:
     """Names that a file lists of what lies beside it. Raises DataError for others."""
     wrong = [] if listed is None else [listed] if not isinstance(listed, list) else [
-        name for name in listed if not isinstance(name, str) or PurePath(name).name != name or name == ".."]
+        name for name in listed if not isinstance(name, str) or PurePath(name).name != name or name in ("", "..")]
     if wrong:
         raise DataError(f"{path}: {show(wrong[0])} is not the name of something beside it; save the data set anew")
     return listed or []

@@ -221,7 +221,8 @@ def llama_model_config(found: dict[str, Any], folder: Path) -> ModelConfig:
     try:
         tree = {ours: found[theirs] for ours, theirs in names.items()}
         theta = {t for t in (found.get("rope_theta"), (found.get("rope_parameters") or {}).get("rope_theta")) if t is not None}
-        tree |= {"attention_n_kv_heads": found.get("num_key_value_heads") or found["num_attention_heads"],
+        kv_heads = found.get("num_key_value_heads")
+        tree |= {"attention_n_kv_heads": found["num_attention_heads"] if kv_heads is None else kv_heads,
                  "norm_eps": found.get("rms_norm_eps", 1e-6), "position_emb_theta": max(theta, default=10000.0)}  # transformers'
         if text := next((key for key, value in tree.items() if isinstance(value, str)), None):
             raise ConfigError(f"{names.get(text, text)} is the text {tree[text]!r}")

@@ -123,7 +123,8 @@ def fitting(path: Path, metadata: Any, columns: list[str], at_once: int) -> int:
     """How many rows of a parquet file to read at once, `at_once` at most. Raises DataError for what no file of its size holds."""
     size, rows = path.stat().st_size, max(1, metadata.num_rows)
     chunks = [chunk for group in map(metadata.row_group, range(metadata.num_row_groups))
-              for chunk in map(group.column, range(group.num_columns)) if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns)]
+              for chunk in map(group.column, range(group.num_columns))
+              if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns)]
     counted = sum(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
     values = {name: sum(chunk.num_values for chunk in chunks if chunk.path_in_schema == name)
               for name in {chunk.path_in_schema for chunk in chunks}}

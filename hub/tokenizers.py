@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from array import array
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 USUAL_NAMES = {"eos": (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]", "<EOS>",
                        "<\uff5cend\u2581of\u2581sentence\uff5c>"),  # where no file says so; the last is DeepSeek's
                "pad": ("<|padding|>", "<pad>", "<|pad|>", "[PAD]")}
+
+
+MOST_GROWTH, OTHER_GROWTH = 1000, {"Precompiled": 40}  # characters of one: more is a bomb
 
 
 class ByteTokenizer:
@@ -56,7 +60,7 @@ class JsonTokenizer:
     def __init__(self, path: Path, eos: str | None = None, split_special: bool | None = None):
         import tokenizers
         self.path, config = path, read_object(path.with_name(TOKENIZER_CONFIG))
-        check_prefix(path)
+        check_model(path)
         try:
             self.inner = tokenizers.Tokenizer.from_file(str(path))
             self.inner.no_truncation()
@@ -135,12 +139,30 @@ def is_the_librarys(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def check_prefix(path: Path) -> None:
-    """Refuse merges that lack the file's continuing_subword_prefix: the library cuts them blindly, and may abort the process."""
+def growth(steps: Any) -> float:
+    """How many characters a normalizer or a decoder may make of one."""
+    if not isinstance(steps, (dict, list)):
+        return 1
+    if isinstance(steps, list):
+        return math.prod(map(growth, steps))
+    if steps.get("type") == "Replace":
+        pattern = steps.get("pattern")
+        replaced = pattern.get("String") if isinstance(pattern, dict) else None
+        return max(1, len(str(steps.get("content"))) / max(1, len(str(replaced or ""))))
+    return OTHER_GROWTH.get(str(steps.get("type")), 1) * math.prod(growth(steps.get(key)) for key in ("normalizers", "decoders"))
+
+
+def check_model(path: Path) -> None:
+    """Refuse what the library would not survive: steps that make a gigabyte of a word, and merges that lack the file's
+    continuing_subword_prefix, which it cuts blindly, so that it may abort the process."""
     try:
-        model = read_object(path).get("model")
+        found = read_object(path)
+        for part in ("normalizer", "decoder"):
+            if (most := growth(found.get(part))) > MOST_GROWTH:
+                raise DataError(f"its {part} makes {most:.3g} characters of one")
     except DataError as error:
         raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+    model = found.get("model")
     prefix, merges = (model.get("continuing_subword_prefix"), model.get("merges")) if isinstance(model, dict) else (None, None)
     if isinstance(prefix, str) and isinstance(merges, list):
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]

@@ -397,6 +397,15 @@ def test_a_configuration_that_does_not_fit_is_one_line(runs, tmp_path, key):
         assert "training_config.yaml: model: " in lab.call("analyze.py", tmp_path / "run", code=2)
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_heads_that_the_snapshots_have_not_are_one_line(runs, tmp_path, count):
+    shutil.copytree(runs / "full", tmp_path / "run", ignore=shutil.ignore_patterns("analysis", "*.safetensors", "training_state"))
+    path = tmp_path / "run/training_config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(tree | {"model": tree["model"] | {"attention_n_kv_heads": count}}))
+    assert "of other sizes than the heads of training_config.yaml" in lab.call("analyze.py", tmp_path / "run", code=2)
+
+
 @pytest.mark.parametrize("name, tensor, said", [
     ("v_proj", torch.ones(2, 2, dtype=torch.complex64), "not matrices named layers.N"),
     ("v_proj", torch.ones(2, 2, dtype=torch.int64), "not matrices named layers.N"),

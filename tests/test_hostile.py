@@ -324,7 +324,8 @@ def test_a_snapshot_of_other_contents_is_refused(tmp_path, run, value):
     assert "val_weights.pt: not matrices" in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("change", [{"entropy": 5}, {"entropy": {"unigram": "x"}}, {"shards": "nested"}], ids=str)
+@pytest.mark.parametrize("change", [{"entropy": 5}, {"entropy": {"unigram": "x"}}, {"entropy": {"unigram": 1.0}},
+                                    {"entropy": {"unigram": 1.0, "bigram": float("nan")}}, {"shards": "nested"}], ids=str)
 def test_an_index_of_other_contents_is_refused(tmp_path, dataset, change):
     shutil.copytree(dataset, tmp_path / "set")
     index = tmp_path / "set/train/index.json"

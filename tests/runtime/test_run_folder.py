@@ -93,6 +93,17 @@ def test_a_planted_link_is_refused_and_what_it_leads_to_stays(dataset, tmp_path,
     assert f"{name}: is a link to {tmp_path}/precious" in printed and (tmp_path / "precious").read_text() == "theirs"
 
 
+@pytest.mark.parametrize("name", ["logs", "eval_results", "checkpoints", "tensorboard"])
+def test_a_planted_folder_is_refused_before_anything_in_it_changes(folder, tmp_path, name):
+    (tmp_path / "mine/.staging-step_1@elsewhere-1").mkdir(parents=True)
+    (tmp_path / "mine/train.log").write_text("mine")
+    shutil.rmtree(folder.path / name, ignore_errors=True)
+    (folder.path / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=f"{name}: is a link to {tmp_path}/mine"):
+        folder.lock()
+    assert (tmp_path / "mine/train.log").read_text() == "mine" and len(list((tmp_path / "mine").iterdir())) == 2
+
+
 def test_a_users_own_links_go_on_working(dataset, tmp_path):
     (tmp_path / "big disk").mkdir()
     (tmp_path / "data").symlink_to(dataset)
