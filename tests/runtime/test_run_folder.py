@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 import lab
-from config import CheckpointingConfig, MonitoringConfig
+from config import CheckpointingConfig, MonitoringConfig, UserError
 from runtime import files
 from runtime.run_folder import RunFolder
 
