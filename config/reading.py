@@ -8,6 +8,7 @@ import difflib
 import errno
 import math
 import os
+import re
 import reprlib
 import stat
 import types
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import yaml
 
 
+OTHER_NUMBER = re.compile(r"[-+]?0[0-7_]+|.*:.*")  # YAML 1.1's: 010 is 8, and 1:30 is 90
 MOST_YAML = 16 << 20  # bytes of a file
 GROWTH, FEW = 10, 10_000  # how often what is written may stand there by aliases, and what any file may hold
 
@@ -188,6 +190,8 @@ def _coerce(hint: Any, value: Any, path: str, root: type) -> Any:
             return None
         listed = next((h for h in options if isinstance(value, list) and typing.get_origin(h) is list), options[0])
         return _coerce(listed, value, path, root)
+    if isinstance(value, Plain) and hint in (int, float) and OTHER_NUMBER.fullmatch(value):
+        raise ConfigError(f"{path}: {show(str(value))} is {show(value.value)} to YAML (octal, or minutes); write it in decimal")
     if isinstance(value, Plain):
         as_text = value.value is not None and (hint is str or typing.get_origin(hint) is Literal)
         value = str(value) if as_text else value.value
@@ -206,7 +210,7 @@ def _coerce(hint: Any, value: Any, path: str, root: type) -> Any:
         return [_coerce(typing.get_args(hint)[0], item, f"{path}[{i}]", root) for i, item in enumerate(value)]
     if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            number = int(value) if isinstance(value, int) else float(value)
+            number = int(value) if isinstance(value, int) else float(value if str(value).isascii() else "other digits")
             if math.isfinite(number) and (hint is float or number == int(number)):
                 return hint(number)
         except (ValueError, OverflowError):

@@ -87,6 +87,19 @@ def test_yaml_that_grows_or_says_a_thing_twice_is_refused_by_every_reader(tmp_pa
     assert says in refused(error, path)
 
 
+@pytest.mark.parametrize("number", ["010", "-010", "1:30", "1:30:00", "1:30.5", "\u0663"])
+@pytest.mark.parametrize("key", ["training.max_steps", "training.optimization.lr"])
+def test_a_number_that_is_another_one_to_yaml_is_refused(tmp_path, key, number):
+    *sections, leaf = key.split(".")
+    whole = f"{leaf}: {number}"
+    for section in reversed(sections):
+        whole = f"{section}: {{{whole}}}"
+    for path, words in ((written(tmp_path / "a.yaml", whole), ()), (written(tmp_path / "b.yaml", ""), (f"{key}={number}",))):
+        with pytest.raises(ConfigError, match=f"{key}: "):
+            load_config(path, words)
+    assert load_config(path, (f"{key}=1_0",)).training is not None
+
+
 def test_a_file_that_repeats_itself_by_aliases_a_little_is_read(tmp_path):
     text = "data: {dataset: {name: &name corpora/x}}\ncheckpointing: {run_name: *name}"
     with pytest.raises(ConfigError, match="must be one plain folder name"):  # and so was read
