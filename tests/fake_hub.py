@@ -164,8 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing("RepoNotFound")
         files = self.hub.at(repo, rest[1]) if rest[:1] in (["paths-info"], ["tree"]) else self.hub.repos[repo]
         if rest[:1] == ["refs"]:
+            tags = {tag: commit for (of, tag), commit in self.hub.tags.items() if of == repo}
             return self._json({"branches": [], "converts": [], "tags": [
-                {"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": to} for (of, tag), to in self.hub.tags.items() if of == repo]})
+                {"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": commit} for tag, commit in tags.items()]})
         if rest[:1] == ["tag"]:
             self.hub.tags[repo, json.loads(body)["tag"]] = rest[1]
             return self._json({})

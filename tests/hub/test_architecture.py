@@ -117,8 +117,8 @@ def test_another_shape_is_named(monkeypatch):
     monkeypatch.setattr(model.SwiGLU, "__init__", lambda self, cfg: init(self, dataclasses.replace(
         cfg, activation_hidden_dim=-(-cfg.activation_hidden_dim // 64) * 64)))  # rounded up, as others do
     assert not_llama(config(4, 2, n_layers=1)) == (
-        "layers.0.swiglu.w_0.weight (64, 32), layers.0.swiglu.w_1.weight (64, 32), layers.0.swiglu.w_2.weight (32, 64) have another "
-        "shape there")
+        "layers.0.swiglu.w_0.weight (64, 32), layers.0.swiglu.w_1.weight (64, 32), layers.0.swiglu.w_2.weight (32, 64) have "
+        "another shape there")
 
 
 def test_a_missing_parameter_is_named(monkeypatch):
