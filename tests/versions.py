@@ -41,7 +41,7 @@ other versions than those that all tests run with. `make versions` writes this p
 `requirements.txt` names one torch, not a range: of a range pip takes the newest, with whatever CUDA that one wants, and a run of
 months should not meet another torch because it was installed again. To use any other of this table, install it over that one,
 as in `pip install torch==2.8.0`. What a version cannot do is refused in one sentence at the start: a torch before {oldest},
-`muon` before 2.9, `fsdp` and `hsdp` on CPUs before 2.8 (`test_train.py`). Beside numpy 1.26 pyarrow must be below 25.
+`muon` before 2.9, `fsdp` and `hsdp` on CPUs before 2.8 (`test_train.py`). Beside numpy 1.26 pyarrow must be below 26.
 
 """
 VERSIONS = "import sys, torch, numpy; print('.'.join(map(str, sys.version_info[:3])), torch.__version__, numpy.__version__)"
@@ -55,7 +55,7 @@ def install(name: str, folder: Path) -> str:
         return f"no python{python} on the machine"
     others = [line for file in ("requirements.txt", "requirements-dev.txt") for line in (ROOT / file).read_text().splitlines()
               if not line.startswith(("-r", "torch", "numpy", "#"))]
-    others += ["pyarrow<25"] * numpy.startswith("1.")  # later ones want numpy 2, and do not tell pip
+    others += ["pyarrow<26"] * numpy.startswith("1.")  # later ones want numpy 2, and do not tell pip
     (folder / "wanted.txt").write_text("\n".join([f"torch=={torch}.*", f"numpy=={numpy}.*", *others]))
     for words in ([found, "-m", "venv", folder / "env"],
                   [folder / "env/bin/python", "-m", "pip", "install", "--quiet", "--no-cache-dir", "-r", folder / "wanted.txt"]):
