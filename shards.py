@@ -54,7 +54,7 @@ def make_stdlib(out: Path, row_length: int) -> None:
         tokens = {split: stack.enter_context(TokenFile(out / f".{split}", np.dtype(np.uint16))) for split in ("train", "val")}
         for path in tqdm(sorted(root.rglob("*.py")), desc="reading the standard library", unit=" files"):
             name = path.relative_to(root).as_posix()
-            if "site-packages" in name or "dist-packages" in name:
+            if "site-packages" in name or "dist-packages" in name or not path.is_file():  # a system's link may lead nowhere
                 continue
             content = path.read_bytes()
             try:

@@ -171,8 +171,9 @@ def test_an_error_in_looking_for_the_folder_is_tried_again_and_named(tmp_path, c
     (tmp_path / CFG.checkpoints_dir).mkdir()
     (failing := saver(tmp_path)).save(10 ** 299, {})  # a name too long for a file system
     failing.wait()
-    assert f"/step_{10 ** 299}: File name too long; trying again" in caplog.text
-    assert type(failing.error) is CheckpointError and "0: File name too long" in str(failing.error)
+    name = rf"/\S*step_{10 ** 299}\S*: File name too long"  # Python 3.14 finds nothing there, and fails at the folder beside it
+    assert re.search(name + "; trying again", caplog.text)
+    assert type(failing.error) is CheckpointError and re.search(name, str(failing.error))
 
 
 @pytest.mark.parametrize("name", [MANIFEST, STATE])

@@ -409,6 +409,17 @@ def test_an_option_that_would_do_nothing_is_refused(tmp_path, option):
         assert "does nothing for texts with a split val" in refusal(tmp_path, "text", *tmp_path.glob("*.txt"), option)
 
 
+def test_a_standard_library_with_a_link_to_nothing_is_read_without_it(tmp_path, monkeypatch):
+    """As sitecustomize.py is one to /etc in Debian's, where a container has left /etc out."""
+    (tmp_path / "lib").mkdir()
+    for number in range(40):
+        (tmp_path / f"lib/module_{number}.py").write_text(f"number = {number}\n" * 20)
+    (tmp_path / "lib/sitecustomize.py").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(shards.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+    call(tmp_path, "stdlib", "--row-length", 33)
+    assert (tmp_path / "out/train/index.json").exists()
+
+
 # ---- nothing in the way, nothing left behind -----------------------------------------------------------------
 
 @pytest.mark.parametrize("out", ["c.md", "folder", "c.md/below"])
