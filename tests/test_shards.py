@@ -205,7 +205,7 @@ def stdlib(tmp_path_factory):
 
 def test_each_file_of_the_standard_library_is_in_the_split_that_its_path_decides(stdlib):
     root, documents = Path(sysconfig.get_paths()["stdlib"]), {"train": [], "val": []}
-    for name in sorted(path.relative_to(root) for path in root.rglob("*.py")):
+    for name in sorted(path.relative_to(root) for path in root.rglob("*.py") if path.is_file()):
         content = (root / name).read_bytes()
         is_text = content.decode(errors="ignore").encode() == content
         if is_text and not {"site-packages", "dist-packages"} & set(name.parts):
