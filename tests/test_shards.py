@@ -180,7 +180,8 @@ def test_a_bad_row_is_refused_naming_file_row_and_reason(tmp_path, bad, kind, re
 def test_a_file_without_token_rows_is_refused_naming_it(tmp_path, rows, kind):
     path = write_parquet(tmp_path / "train-0.parquet", rows, kind)
     message = refusal(tmp_path, "parquet", path)
-    assert str(path) in message and ("row 0" in message or None not in rows)
+    unread = "Expected all lists to be of size=2" in message  # pyarrow before 26 reads no null among lists of a fixed size
+    assert str(path) in message and ("row 0" in message or None not in rows or unread)
 
 
 @pytest.mark.parametrize("harm", [
