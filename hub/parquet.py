@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
@@ -26,6 +27,7 @@ ENDINGS = r"(?:\.(?:txt|text|raw|tokens|jsonl?|ndjson|csv|tsv|parquet|arrow|bin|
 BATCH_ROWS = 1024
 LONGEST_ROW = 1 << 24  # ids
 BATCH_VALUES = 1 << 24  # that are in memory at once, where rows are long
+ARROW_FILE = b"ARROW1"  # begins one; a stream begins with its first message
 MOST_GROWTH, SMALL = 1000, 1 << 28  # how far a file may unpack, and bytes that any may unpack to: few are many in a bomb
 
 
@@ -89,6 +91,8 @@ def open_table(path: Path) -> Iterator[Table]:
             require_file(path)
             file = stack.enter_context(open(path, "rb"))
             table = stack.enter_context(parquet.ParquetFile(file)) if file.read(4) == b"PAR1" else None
+            if table is None:
+                check_arrow(path, file)
             schema = open_arrow(file)[0] if table is None else table.schema_arrow
             rows = sum(map(len, open_arrow(file)[1])) if table is None else table.metadata.num_rows
 
@@ -145,11 +149,46 @@ def open_arrow(file: BinaryIO) -> tuple[Any, Iterator[Any]]:
     file.seek(0)
     magic = file.read(6)
     file.seek(0)
-    if magic != b"ARROW1":
+    if magic != ARROW_FILE:
         stream = arrow.ipc.open_stream(file)
         return stream.schema, iter(stream)
     reader = arrow.ipc.open_file(file)
     return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
+
+
+def check_arrow(path: Path, file: BinaryIO) -> None:
+    """Raise DataError for an Arrow stream or file that unpacks to what no file of its size holds."""
+    import pyarrow as arrow
+    file.seek(0)
+    file.seek(8 if file.read(6) == ARROW_FILE else 0)
+    size, held = sum(map(unpacked_bytes, arrow.ipc.MessageReader.open_stream(file))), path.stat().st_size
+    if size > max(SMALL, MOST_GROWTH * held):
+        raise DataError(f"{path}: unpacks to {size / 1e6:,.0f} MB from {held / 1e6:,.3f}; it is damaged, or a bomb")
+
+
+def unpacked_bytes(message: Any) -> int:
+    """What the buffers of an Arrow message say that they unpack to: each that is compressed begins with that number (Arrow's
+    columnar format, "Compression"). Where they lie is in the message's head, a FlatBuffer, which pyarrow shows to nobody.
+    """
+    head, body = message.metadata.to_pybytes(), message.body
+
+    def field(table: int, number: int) -> int | None:
+        """Where a table's field stands."""
+        entries = table - struct.unpack_from("<i", head, table)[0]
+        at = 4 + 2 * number
+        offset = struct.unpack_from("<H", head, entries + at)[0] if at < struct.unpack_from("<H", head, entries)[0] else 0
+        return table + offset if offset else None
+
+    def follow(place: int | None) -> int:
+        return place + struct.unpack_from("<I", head, place)[0]
+    batch = follow(field(follow(0), 2))
+    batch = follow(field(batch, 1)) if message.type == "dictionary" else batch
+    if body is None or message.type == "schema" or field(batch, 3) is None:
+        return 0
+    buffers = follow(field(batch, 2))
+    places = struct.iter_unpack("<qq", head[buffers + 4:buffers + 4 + 16 * struct.unpack_from("<I", head, buffers)[0]])
+    lengths = (struct.unpack("<q", body.slice(offset, 8).to_pybytes())[0] for offset, length in places if length > 8)
+    return sum(max(length, 0) for length in lengths)
 
 
 @contextlib.contextmanager
@@ -158,7 +197,7 @@ def refusing(path: Path) -> Iterator[None]:
     import pyarrow as arrow
     try:
         yield
-    except (OSError, TypeError, UnicodeDecodeError, arrow.ArrowException) as error:
+    except (OSError, TypeError, ValueError, struct.error, arrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as parquet or Arrow ({' '.join(str(error).split())[:200]})") from None
 
 

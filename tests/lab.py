@@ -95,14 +95,16 @@ def write_config(path: Path, tree: dict) -> Path:
 
 
 def start(command: str, *words: object, ranks: int = 0, env: dict[str, str] | None = None,
-          torchrun: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
-    """Start `python COMMAND words`, under a real torchrun where ranks >= 1; COMMAND may be a script elsewhere."""
+          torchrun: tuple[str, ...] = ("--standalone",), quiet: bool = False) -> subprocess.Popen:
+    """Start `python COMMAND words`, under a real torchrun where ranks >= 1; COMMAND may be a script elsewhere. What a quiet one
+    says is lost: nobody needs to read it.
+    """
+    out = subprocess.DEVNULL if quiet else subprocess.PIPE
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={ranks}"]
     return subprocess.Popen([*launcher, str(ROOT / command), *map(str, words)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, **ENV, **(env or {})},
+                            stdout=out, stderr=out, env={**os.environ, **ENV, **(env or {})},
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which a shell's `&` ignores
 
 

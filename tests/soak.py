@@ -2,12 +2,14 @@
 
     make soak                                     # 30 kills of runs on two ranks, about 8 minutes on 2 cores
     python tests/soak.py --kills 100 --seed 7
+    python tests/soak.py --agents                 # of one run on two machines' torchruns, which heal it; about 15 minutes
 """
 
 from __future__ import annotations
 
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -97,14 +99,86 @@ def one_round(runs: lab.Lab, name: str, rng: random.Random, told: dict[str, Coun
     return f"{victim} killed, {where}, {lines(folder)} steps told"
 
 
+# ---- two torchruns -------------------------------------------------------------------------------------------------
+
+AGENT_VICTIMS = ("the first one's worker", "the second one's worker", "both workers", "the first torchrun", "the second torchrun")
+HEALING = 150.0  # seconds that a run may take to go on, by itself or with torchruns that were started again
+
+
+class Agents:
+    """Two torchruns that stand for machines, of one run; whichever ends is started again, as by hand or by a queue."""
+
+    def __init__(self, *words: object):
+        self.words, self.started = words, 0
+        port = lab.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port  # is free again at once
+        self.launcher = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=soak",
+                         "--max-restarts=100")
+        self.both = [self._start(), self._start()]
+
+    def _start(self) -> subprocess.Popen:
+        self.started += 1
+        return lab.start("train.py", *self.words, ranks=1, torchrun=self.launcher, quiet=True)
+
+    def revive(self) -> None:
+        """Start again what has ended, unless the run has."""
+        self.both = [self._start() if agent.poll() not in (None, 0) else agent for agent in self.both]
+
+    def hit(self, victim: str) -> None:
+        number = "second" in victim
+        chosen = self.both if victim.startswith("both") else [self.both[number]]
+        for agent in chosen:
+            for pid in lab.workers(agent) if "worker" in victim else [agent.pid]:
+                lab.send(pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        for agent in self.both:
+            lab.kill(agent)
+
+
+def soak_agents(runs: lab.Lab, kills: int, seed: int, say=lambda words: None) -> dict[str, Counter]:
+    """One long run on two torchruns, hit `kills` times while it trains; it must end undisturbed."""
+    steps = 20 * kills
+    words = (lab.HALF, "training.strategy=ddp", f"training.max_steps={steps}", "checkpointing.save_every_n_steps=10",
+             "checkpointing.learning_dynamics=null", "training.hang_timeout_minutes=0.5")
+    runs.train("undisturbed", *words, ranks=2)
+    rng, told, folder = random.Random(seed), {"victims": Counter(), "healed": Counter()}, runs.folder / "hit"
+    agents = Agents(runs.config("hit"), *words)
+    try:
+        for number in range(kills):
+            reach(agents, lambda: lines(folder) >= 18 * number + rng.randint(1, 10))
+            started, begun, victim = agents.started, time.monotonic(), rng.choice(AGENT_VICTIMS)
+            agents.hit(victim)
+            before = lines(folder)
+            reach(agents, lambda: lines(folder) > before + 3)
+            how = "by itself" if agents.started == started else f"with {agents.started - started} torchruns started again"
+            told["victims"][victim] += 1
+            told["healed"][how] += 1
+            say(f"{number + 1}: {victim} killed, at step {before}; healed {how} in {time.monotonic() - begun:.0f} s")
+        reach(agents, lambda: all(agent.poll() == 0 for agent in agents.both))
+    finally:
+        agents.end()
+    runs.same_end("hit", "undisturbed", steps)
+    return told
+
+
+def reach(agents: Agents, holds) -> None:
+    """Wait until something holds, while torchruns that end are started again."""
+    def now() -> bool:
+        agents.revive()
+        return holds()
+    lab.wait_until(now, HEALING, 0.05)
+
+
 def main() -> None:
     parser = Parser(__doc__)
+    parser.add_argument("--agents", action="store_true", help="kill workers and torchruns of one run on two of these")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = lab.Lab(Path(folder), lab.make_dataset(Path(folder) / "data"))
-        for what, counts in soak(runs, args.kills, args.seed, lambda words: print(words, flush=True)).items():
+        kill_all = soak_agents if args.agents else soak
+        for what, counts in kill_all(runs, args.kills, args.seed, lambda words: print(words, flush=True)).items():
             print(f"{what}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
     print("every run ended with the losses and weights of the undisturbed one, bit for bit")
 

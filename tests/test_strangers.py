@@ -305,6 +305,23 @@ def test_a_table_that_cannot_be_held_or_used_is_refused(tmp_path, monkeypatch, t
     assert says in refused(error, path)
 
 
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+@pytest.mark.parametrize("begin", [arrow.ipc.new_stream, arrow.ipc.new_file], ids=["stream", "file"])
+def test_an_arrow_file_that_unpacks_to_much_more_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, begin, codec):
+    monkeypatch.setattr(tables, "SMALL", 1 << 20)
+    monkeypatch.setattr(tables, "MOST_GROWTH", 100)
+    path, plain = tmp_path / "bomb.arrow", id_rows(300, 17)
+    for made, chosen in ((id_rows(1000, 1000), codec), (plain, codec), (plain, None)):
+        with begin(str(path), made.schema, options=arrow.ipc.IpcWriteOptions(compression=chosen)) as writer:
+            writer.write_table(made)
+        if made is plain:
+            assert convert_parquet(path, tmp_path / f"{chosen}.npy", 64).rows == 300
+            continue
+        with pytest.raises(DataError) as error:
+            convert_parquet(path, tmp_path / "made.npy", 64)
+        assert "unpacks to 4 MB from 0.0" in refused(error, path)
+
+
 def test_a_text_that_stands_in_many_rows_is_held_once_and_what_is_none_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     many = arrow.DictionaryArray.from_arrays(arrow.array(np.zeros(256, np.int32)), arrow.array(["word " * 800_000]))
