@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def pick_device(wanted: str = "auto") -> torch.device:
         raise UserError(f"torchrun started {processes} processes here, and this machine has {gpus} GPU{'s' * (gpus > 1)}; start "
                         f"it with --nproc_per_node={gpus}, or train on the CPU with training.fabric.accelerator=cpu")
     device = torch.device(kind, dist.local_rank())
-    capability, built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a GPU that is too old is told by torch in ten lines, and below in one
+        capability, built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
     if not has_kernels(capability, built):
         raise UserError(f"{torch.cuda.get_device_name(device)}, of compute capability {capability[0]}.{capability[1]}, is not "
                         f"among what this torch {torch.__version__} is built for ({', '.join(built)}); install one that is, or "
@@ -55,9 +58,11 @@ def pick_device(wanted: str = "auto") -> torch.device:
 def has_kernels(capability: tuple[int, int], built: list[str]) -> bool:
     """Whether code built for `built` (sm_80, compute_90 ...) runs on a GPU of this compute capability.
 
-    Binary code (sm) runs on later minor versions of its major one, PTX (compute) on whatever is later.
+    Binary code (sm) runs on later minor versions of its major one, PTX (compute) on whatever is later. AMD's (gfx) is not judged.
     """
     for name in built:
+        if name.startswith("gfx"):
+            return True
         kind, _, number = name.partition("_")
         digits = "".join(c for c in number if c.isdigit())  # sm_90a
         made = int(digits[:-1] or 0), int(digits[-1:] or 0)
@@ -96,13 +101,25 @@ def choose_compile(wanted: bool | None, device: torch.device) -> bool:
     """Whether blocks are compiled: as `wanted`, or where it pays and can be done."""
     if wanted is False or wanted is None and device.type != "cuda":
         return False
-    compiler = shutil.which(os.environ.get("CC", "")) or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    missing = [what for what, there in (("a C compiler (gcc)", compiler), ("Python's headers (python3-dev)", headers.exists()))
-               if not there]
+    headers = Path(sysconfig.get_path("include", "nt" if os.name == "nt" else "posix_prefix")) / "Python.h"
+    missing = [*missing_compiler(device), *([] if headers.exists() else ["Python's headers (python3-dev)"])]
     if missing:
         log.warning(f"training.compile: needs {' and '.join(missing)}, which this machine has not; training without it, slower")
     return not missing
+
+
+def missing_compiler(device: torch.device) -> list[str]:
+    """What to install, or to set, for torch to find the compiler that it calls: in words, as a list of one or none.
+
+    On CUDA that is Triton's, for C, elsewhere inductor's, for C++. Each takes its variable as the name of a program, without
+    options, and looks no further where it is set.
+    """
+    variable, what, names = ("CC", "a C compiler (gcc", ("gcc", "clang")) if device.type == "cuda" else (
+        "CXX", "a C++ compiler (g++", ("clang++" if sys.platform == "darwin" else "g++",))
+    asked = os.environ.get(variable)
+    if any(map(shutil.which, names if asked is None else (asked,))):
+        return []
+    return [f"{what})" if asked is None else f"{what}; {variable} is {asked!r}, which names no program)"]
 
 
 def prepare(device: torch.device, fast_paths: bool, deterministic: bool) -> None:

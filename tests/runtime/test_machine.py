@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import warnings
 
 import pytest
 import torch
@@ -48,13 +50,23 @@ def test_more_processes_than_gpus_are_refused_with_both_remedies(monkeypatch, gp
 @pytest.mark.parametrize("capability, built, fits", [
     ((7, 0), ["sm_75", "sm_80", "sm_90"], False), ((6, 1), ["sm_75", "compute_75"], False), ((7, 5), ["sm_75"], True),
     ((8, 6), ["sm_80"], True), ((8, 0), ["sm_86"], False), ((9, 0), ["sm_90a"], True), ((12, 0), ["sm_90"], False),
-    ((12, 0), ["sm_90", "compute_90"], True), ((10, 3), ["sm_100"], True), ((9, 0), [], False)])
+    ((12, 0), ["sm_90", "compute_90"], True), ((10, 3), ["sm_100"], True), ((9, 0), [], False),
+    ((9, 0), ["gfx90a"], True)])
 def test_a_gpu_that_this_torch_has_no_kernels_for_is_refused(gpus, capability, built, fits):
     assert machine.has_kernels(capability, built) == fits
     gpus(1, capability, built)
     if not fits:
         told = rf"Tesla V100, of compute capability {capability[0]}\.{capability[1]}.*accelerator=cpu"
         with pytest.raises(UserError, match=told):
+            machine.pick_device()
+
+
+def test_a_gpu_that_is_refused_is_told_of_in_one_line_not_in_torchs_ten(monkeypatch, gpus):
+    gpus(1, (7, 0), ["sm_75"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: warnings.warn("ten lines") or (7, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match="capability 7.0"):
             machine.pick_device()
 
 
@@ -70,10 +82,27 @@ def test_without_a_compiler_nothing_is_compiled_and_it_says_what_to_install(monk
     assert machine.choose_compile(True, cpu) and machine.choose_compile(None, cuda) and not machine.choose_compile(None, cpu)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(machine.log, "propagate", True)
     assert not machine.choose_compile(None, cuda) and "a C compiler (gcc)" in caplog.text
+    assert not machine.choose_compile(True, cpu) and "a C++ compiler (g++)" in caplog.text
     caplog.clear()
     assert not machine.choose_compile(False, cuda) and not caplog.text
+
+
+@pytest.mark.parametrize("programs, env, fine", [
+    (["cc"], {}, []), (["gcc"], {}, ["cuda"]), (["clang"], {}, ["cuda"]), (["g++"], {}, ["cpu"]),
+    (["gcc", "g++"], {"CC": "icc", "CXX": "g++ -m64"}, []), (["mine"], {"CC": "mine", "CXX": "mine"}, ["cuda", "cpu"])], ids=str)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the compiler has other names")
+def test_the_compiler_is_looked_for_as_torch_will(tmp_path, monkeypatch, said, programs, env, fine):
+    """Each of these that is not fine is a hundred lines once the run's folder has been made: Triton knows no cc."""
+    for name in programs:
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, env[name]) if name in env else monkeypatch.delenv(name, raising=False)
+    assert [kind for kind in ("cuda", "cpu") if machine.choose_compile(True, torch.device(kind))] == fine
+    assert ("CC is 'icc', which names no program" in "".join(said)) == ("icc" in env.values())
 
 
 @pytest.mark.parametrize("env, told", [
