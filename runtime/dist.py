@@ -98,7 +98,7 @@ def naming_the_lost() -> Iterator[None]:
     except Exception as error:
         if _heartbeat is None or not meeting.is_broken(error):
             raise
-        raise _heartbeat.lost() from None
+        raise _heartbeat.lost(str(error)) from None
 
 
 def at_step(step: int) -> None:

@@ -117,8 +117,11 @@ class Heartbeat:
             return [json.loads(beat) for beat in self._store.multi_get(keys)]
         return [json.loads(self._store.get(key)) if self._store.check([key]) else NEVER for key in keys]
 
-    def lost(self) -> Lost:
-        """Which ranks are gone: those that do not tell any more; where all do, those that others have waited for."""
+    def lost(self, error: str) -> Lost:
+        """Which ranks are gone: those that do not tell any more; where all do, those that others have waited for.
+
+        Where none is, `error`, what gloo or NCCL said, is all that is known: too small a /dev/shm, for one.
+        """
         # what one rank has done, all have taken part in
         since = "since before the first step" if self.step is None else f"since step {self.step}"
         found: list[list[list[Any]]] = []
@@ -134,7 +137,7 @@ class Heartbeat:
         behind = [r for r in range(self.world) if r != self.rank and after[r][1] < self.votes and after[r][3] != TELLING]
         gone = silent or behind
         if not gone:
-            return Lost(f"the network between the ranks failed, though all of them are alive; {since}")
+            return Lost(f"work between the ranks failed, though all of them are alive, {since}: {' '.join(error.split())[:600]}")
         hosts = sorted({after[r][0] for r in gone})
         how = "nothing" if silent else "alive, but did not come to the others"
         return Lost(f"{named(gone)} on {', '.join(hosts)}: {how} {since}; start again to go on from the checkpoint", gone)

@@ -14,11 +14,11 @@ import threading
 import time
 
 import pytest
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import DistBackendError, PrefixStore, TCPStore
 
 import lab
 from config import UserError
-from runtime import meeting
+from runtime import dist, meeting
 
 SLOW = """
 from runtime.command import command
@@ -77,6 +77,21 @@ def test_ranks_in_words():
     assert [meeting.named(ranks) for ranks in ([3], [0, 1, 2], [9, 0, 8, 1, 5])] == ["rank 3", "ranks 0-2", "ranks 0-1, 5, 8-9"]
 
 
+def test_where_nobody_is_gone_the_librarys_own_words_are_told(store, monkeypatch):
+    """NCCL says there what it wants: more of /dev/shm, another interface."""
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(store.port)), ("RANK", "0"), ("WORLD_SIZE", "1"),
+                        ("TORCHELASTIC_USE_AGENT_STORE", "True")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(meeting, "BEAT_SECONDS", 0.1)
+    heartbeat = meeting.Heartbeat("x", 0, 1)
+    monkeypatch.setattr(dist, "_heartbeat", heartbeat)
+    with pytest.raises(meeting.Lost) as told, dist.naming_the_lost():
+        raise DistBackendError("NCCL error, unhandled system error\nLast error:\nError while creating /dev/shm/nccl-x")
+    heartbeat.close()
+    assert str(told.value) == ("work between the ranks failed, though all of them are alive, since before the first step: "
+                               "NCCL error, unhandled system error Last error: Error while creating /dev/shm/nccl-x")
+
+
 KEEPER = """
 import time
 from torch.distributed import TCPStore
@@ -100,7 +115,7 @@ def test_a_store_that_answers_no_more_is_said_and_not_waited_for(tmp_path, monke
         heartbeat.step = 7
         lab.send(keeper.pid, signal.SIGSTOP)
         begun = time.monotonic()
-        said = str(heartbeat.lost())
+        said = str(heartbeat.lost("Connection reset"))
         assert time.monotonic() - begun < 10
         assert said == f"127.0.0.1:{port}, where the ranks meet, does not answer (its network or process is gone): nothing since step 7"
         heartbeat.close()
