@@ -116,9 +116,31 @@ def muon(parameters: Parameters, cfg: OptimizationConfig) -> list[torch.optim.Op
     matrices = {n: p for n, p in parameters.items() if p.dim() == 2 and n.startswith("layers.")}
     optimizers = adamw({n: p for n, p in parameters.items() if n not in matrices}, cfg)
     if matrices:  # match_rms_adamw: steps as large as AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon(matrices.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizer = torch.optim.Muon(matrices.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum,
+                                     adjust_lr_fn="match_rms_adamw")
+        for matrix in matrices.values():
+            optimizer.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        optimizer.register_step_pre_hook(_keep)
+        optimizer.register_step_post_hook(_put_back)
+        optimizer.defaults["fused"] = True  # it reads found_inf on the device, as fused ones do
+        optimizers.append(optimizer)
     return optimizers
+
+
+@torch.no_grad()
+def _keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Before an update that may have to be skipped, of which only the device knows yet: what it will change."""
+    tensors = [t for group in optimizer.param_groups for p in group["params"] for t in (p, optimizer.state[p]["momentum_buffer"])]
+    optimizer.kept = [(t, t.clone()) for t in map(dist.local, tensors)]
+
+
+@torch.no_grad()
+def _put_back(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """After it: all as it was, where found_inf says so."""
+    bad = getattr(optimizer, "found_inf", None)
+    for tensor, before in optimizer.kept if bad is not None else ():
+        tensor.copy_(torch.where(bad > 0, before, tensor))
+    optimizer.kept = None
 
 
 OPTIMIZERS: dict[str, Callable[[Parameters, OptimizationConfig], list[torch.optim.Optimizer]]] = {

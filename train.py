@@ -184,7 +184,7 @@ def update(state: TrainState, loss: Tensor) -> None:
         nn.utils.clip_grads_with_norm_(parameters, state.cfg.training.grad_clip, grad_norm)
     bad = 1 - (loss.isfinite() & grad_norm.isfinite()).float()  # the same on every rank, and still on the device
     for optimizer in state.optimizers:
-        if optimizer.defaults.get("fused"):  # fused optimizers read the flag on the device
+        if optimizer.defaults.get("fused"):  # fused optimizers, and our Muon, read the flag on the device
             optimizer.grad_scale, optimizer.found_inf = None, bad
             optimizer.step()
         elif not bad.item():  # others have no such flag: this waits for the device

@@ -239,6 +239,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, in the same memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def replicated(tensor: Tensor) -> Tensor:
     """`tensor` with all of its rows on every rank, still fit for arithmetic with sharded tensors."""
     if not is_sharded(tensor):

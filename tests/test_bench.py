@@ -18,9 +18,9 @@ SMALL = ("model.d_model=32", "model.n_layers=1", "model.vocab_size=64", "model.a
          "model.attention_n_kv_heads=2", "model.activation_hidden_dim=64")
 
 
-def trainer(compiled=False, device="cpu"):
+def trainer(compiled=False, device="cpu", words=()):
     case = bench.Case("tiny", "r4", 0.0, compiled, 2, 16, None)
-    state = bench.train_state(case, bench.case_config(case, SMALL), torch.device(device))
+    state = bench.train_state(case, bench.case_config(case, (*SMALL, *words)), torch.device(device))
     return state, torch.randint(64, (2, 17), device=device)
 
 
@@ -60,8 +60,9 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_an_update_reads_nothing_from_the_device():
-    t, rows = trainer()
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
+def test_an_update_reads_nothing_from_the_device(optimizer):
+    t, rows = trainer(words=[f"training.optimization.optimizer={optimizer}"])
     train.train_step(t, [(0, rows)])
     with Reads() as reads:
         torch.ones(()).item()

@@ -99,9 +99,10 @@ def trainer(mode, dropout, compiled, *words):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("mode", "dropout"), [("full", 0.0), ("r4", 0.0), ("r4", 0.1)])
-def test_an_update_never_waits_for_the_gpu_and_leaves_the_numbers_finite(mode, dropout, compiled):
-    t, rows = trainer(mode, dropout, compiled)
+@pytest.mark.parametrize(("mode", "dropout", "optimizer"), [
+    ("full", 0.0, "adamw"), ("r4", 0.0, "adamw"), ("r4", 0.1, "adamw"), ("r4", 0.0, "sgd"), ("r4", 0.0, "muon")])
+def test_an_update_never_waits_for_the_gpu_and_leaves_the_numbers_finite(mode, dropout, optimizer, compiled):
+    t, rows = trainer(mode, dropout, compiled, f"training.optimization.optimizer={optimizer}")
     train.train_step(t, [(0, rows)])
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from config import Config, ConfigError, ReLoRAConfig
+from config import Config, ConfigError, OptimizationConfig, ReLoRAConfig
 from model import PicoDecoder
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_multiplier, make_optimizers
 from relora import merge_due
@@ -103,3 +104,23 @@ def test_an_optimizer_takes_every_trainable_parameter_once(name):
     model.output_norm.weight.requires_grad_(False)
     taken = [p for o in make_optimizers(model, cfg.training.optimization) for group in o.param_groups for p in group["params"]]
     assert len(taken) == len(set(taken)) and set(taken) == {p for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no muon here")
+def test_muon_skips_an_update_on_the_device_and_otherwise_is_torchs():
+    cfg = OptimizationConfig(optimizer="muon", lr=0.1)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(6, 4, bias=False)]), "head": nn.Linear(4, 2)})
+    weight, plain = model["layers"][0].weight, nn.Parameter(model["layers"][0].weight.detach().clone())
+    ours = next(o for o in make_optimizers(model, cfg) if isinstance(o, torch.optim.Muon))
+    theirs = torch.optim.Muon([plain], lr=0.1, weight_decay=cfg.weight_decay, momentum=cfg.momentum,
+                              adjust_lr_fn="match_rms_adamw")
+    for bad in (1.0, 0.0, 1.0, 0.0):  # also the first
+        gradient = torch.randn(4, 6)
+        weight.grad, ours.found_inf = gradient * (float("nan") if bad else 1.0), torch.tensor(bad)
+        ours.step()
+        if not bad:
+            plain.grad = gradient
+            theirs.step()
+        assert torch.equal(weight, plain)
+        expected = theirs.state[plain].get("momentum_buffer", torch.zeros(4, 6))
+        assert torch.equal(ours.state[weight]["momentum_buffer"], expected)

@@ -397,7 +397,8 @@ def test_gradients_are_clipped_as_torch_clips_them(here, optimizer):
 
 def test_all_ranks_skip_what_is_not_finite_on_one(here):
     muon = "training.optimization.optimizer=muon"
-    names = {"nan-ddp": DDP, "nan-fsdp": FSDP, "gradient-ddp": DDP, "gradient-fsdp": FSDP, "gradient-muon": (*DDP, muon)}
+    names = {"nan-ddp": DDP, "nan-fsdp": FSDP, "gradient-ddp": DDP, "gradient-fsdp": FSDP, "gradient-muon": (*DDP, muon),
+             "gradient-fsdp-muon": (*FSDP, muon)}
     here.train_in_turn(*((name, *words, *BARE, SHORT) for name, words in names.items()), ranks=2, script=NAN_ON_RANK_1)
     for name in names:
         losses = here.metrics(name)
