@@ -63,7 +63,7 @@ def main() -> None:
         if reason := read_json(folder / "config.json").get(OWN) or not_llama(cfg):
             raise CheckpointError(f"{folder}: is no Llama ({reason}), and no program but this lab would compute the same with "
                                   "it; use the step folder as it is")
-        publish(args.out, writers(state, cfg, folder, getattr(torch, args.dtype)))
+        publish(args.out, writers(state, cfg, folder, getattr(torch, args.dtype)), anew=True)
     else:
         published.import_model(args.source, args.out, args.revision, args.tokenizer)
     print(f"written to {args.out}")

@@ -33,6 +33,7 @@ from config.study import ROOT, Job, Plan
 from instruments import verdict
 from runtime import dist, files, machine, signals
 from runtime.command import Parser, command, number
+from runtime.locks import RunLock
 from runtime.log import log
 from runtime.progress import duration
 
@@ -171,7 +172,13 @@ def _die_with_study() -> None:
 
 
 def run_all(plan: Plan, jobs: int) -> dict[Job, verdict.Result]:
-    """Make every run that the study needs, `jobs` at a time; one that is there already is not made again."""
+    """Make every run that the study needs, `jobs` at a time; one that is there already is not made again.
+
+    Raises ConfigError where another process makes them.
+    """
+    files.make_folders(plan.out)
+    lock = RunLock(plan.out, "--out")
+    lock.acquire()
     results = _found(plan)
     devices = list(range(torch.cuda.device_count())) or [None]
     workers: list[Worker] = []
@@ -200,6 +207,7 @@ def run_all(plan: Plan, jobs: int) -> dict[Job, verdict.Result]:
             worker.process.terminate()
         for worker in workers:
             worker.process.wait()
+        lock.release()
 
 
 def _found(plan: Plan) -> dict[Job, verdict.Result]:

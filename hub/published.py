@@ -82,7 +82,7 @@ def import_model(source: str, out: Path, revision: str | None, tokenizer: Path |
     tokenizer_folder = choose_tokenizer(tokenizer, folder, cfg)
     if found.get("bos_token_id") is not None:
         log.info(f"{folder}: has a token to begin texts with, id {found['bos_token_id']}; this lab puts none before a text")
-    publish(out, writers(state, cfg, tokenizer_folder, not_llama=not_llama(cfg)))
+    publish(out, writers(state, cfg, tokenizer_folder, not_llama=not_llama(cfg)), anew=True)
 
 
 def fetch_model(name: str, revision: str | None) -> Path:

@@ -25,8 +25,9 @@ class RunLock:
     HEARTBEAT_SECONDS.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.path, self.held = folder, folder / ".lock", False
+    def __init__(self, folder: Path, option: str = "checkpointing.run_name"):
+        """`option` chose the folder, and may choose another."""
+        self.folder, self.path, self.held, self.option = folder, folder / ".lock", False, option
         self._done = threading.Event()
 
     def acquire(self) -> None:
@@ -63,8 +64,8 @@ class RunLock:
             holder = self._holder()
         if holder is not None and self._alive(*holder):
             host, pid, _ = holder
-            raise ConfigError(f"checkpointing.run_name: {self.folder} is in use by process {pid} on {host.split()[0]}; "
-                              f"wait for it, stop it, or choose another run_name")
+            raise ConfigError(f"{self.option}: {self.folder} is in use by process {pid} on {host.split()[0]}; "
+                              f"wait for it, stop it, or choose another {self.option.rpartition('.')[2]}")
 
     def _holder(self) -> tuple[str, int, str] | None:
         try:

@@ -6,6 +6,7 @@ only then the folder is renamed: one without a matching manifest is not a checkp
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -37,8 +38,9 @@ def write_manifest(folder: Path, entries: dict[str, dict]) -> None:
     files.write_text(folder / MANIFEST, json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n")
 
 
-def publish(folder: Path, writers: dict[str, Writer]) -> None:
-    """Write `writers` (relative path -> writer) as the checkpoint `folder`, which appears only when complete.
+def publish(folder: Path, writers: dict[str, Writer], anew: bool = False) -> None:
+    """Write `writers` (relative path -> writer) as the checkpoint `folder`, which appears only when complete; with `anew` where
+    nothing is.
 
     Raises CheckpointError, saying how much is needed, and leaves nothing behind, where the disk fails or is full.
     """
@@ -55,7 +57,7 @@ def publish(folder: Path, writers: dict[str, Writer]) -> None:
         for parent in parents | {staged}:
             files.fsync_folder(parent)
         write_manifest(staged, entries)
-        _replace(folder, staged, entries)
+        _replace(folder, staged, entries, anew)
     except BaseException as error:
         remove_tree(staged)
         if not isinstance(error, (OSError, RuntimeError, files.NoRoom)):  # torch.save tells of some failures by RuntimeError
@@ -65,14 +67,16 @@ def publish(folder: Path, writers: dict[str, Writer]) -> None:
         raise CheckpointError(f"{folder} cannot be written: {problem}")
 
 
-def _replace(folder: Path, staged: Path, entries: dict[str, dict]) -> None:
+def _replace(folder: Path, staged: Path, entries: dict[str, dict], anew: bool) -> None:
     """Rename the staged folder. One that stood there is kept aside, unless it held nothing more (see `save` in train.py)."""
-    before = files.set_aside(folder) if folder.exists() else None
+    before = files.set_aside(folder) if folder.exists() and not anew else None
     try:
-        os.rename(staged, folder)
+        os.rename(staged, folder)  # over a folder that holds something it fails
     except OSError:
         if before is not None:
             os.rename(before, folder)
+        if anew and folder.exists():
+            raise FileExistsError(errno.EEXIST, "another process has made it meanwhile", str(folder)) from None
         raise
     try:
         files.fsync_folder(folder.parent)

@@ -392,3 +392,15 @@ def test_a_file_that_is_no_training_state_is_refused_by_name(tmp_path, content):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(CheckpointError, match="checkpoint.pt"):
         checkpoint.read_state(path)
+
+
+def test_of_two_that_publish_one_folder_anew_the_second_is_refused_and_takes_nothing(tmp_path):
+    folder = tmp_path / "out"
+
+    def late(file):
+        folder.mkdir()  # by the other, while this one is being written
+        (folder / "a").write_bytes(b"mine")
+        file.write(b"late")
+    with pytest.raises(CheckpointError, match="out cannot be written: .*another process has made it meanwhile"):
+        publish(folder, {"a": Writer(late, 4)}, anew=True)
+    assert (folder / "a").read_bytes() == b"mine" and list(tmp_path.iterdir()) == [folder]

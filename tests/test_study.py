@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import signal
 import time
 
@@ -15,6 +16,7 @@ import study
 from config import ConfigError
 from config.study import Job, Plan
 from instruments import verdict
+from runtime.locks import RunLock
 
 ARMS = {"full-rank": ["model.relora=null", "training.optimization.lr_scheduler=cosine_with_warmup"], "relora": []}
 SMALL = {"base": "base.yaml", "rates": [5e-3, 1e-2], "seeds": [1, 2], "extend": 0, "selection_rows": 4, "arms": ARMS}
@@ -157,6 +159,17 @@ def table_of(folder):
     measured = ("seconds", "peak_bytes")
     return [{key: value for key, value in row.items() if key not in measured}
             for row in json.loads((folder / "study.json").read_text())["table"]]
+
+
+def test_of_two_that_run_one_study_the_second_is_refused(tmp_path):
+    plan = Plan(write(tmp_path), tmp_path / "out")
+    plan.out.mkdir()
+    other = RunLock(plan.out)
+    other.acquire()
+    with pytest.raises(ConfigError, match=rf"^--out: .*out is in use by process {os.getpid()} on .*, or choose another --out$"):
+        study.run_all(plan, 1)
+    other.release()
+    assert list(plan.out.iterdir()) == []
 
 
 @pytest.mark.timeout(600)

@@ -116,14 +116,15 @@ class Twice:
 
     def evaluations(self, number: int) -> list[int]:
         run = self.copied(number)
-        codes = together("evaluate.py", run, "evaluation.metrics=[val]", "--step", 10)
-        found = json.loads((run / "eval_results/step_10.json").read_text())
-        assert found == json.loads((self.folder / "model/eval_results/step_10.json").read_text())
+        codes = together("evaluate.py", run, "evaluation.metrics=[val]")
+        found = json.loads((run / "eval_results/step_20.json").read_text())
+        assert found == json.loads((self.folder / "model/eval_results/step_20.json").read_text())
         return codes
 
     def exports(self, number: int) -> list[int]:
         out = self.folder / f"exported-{number}"
         codes = together("export.py", "hf", self.folder / "model", out)
+        assert sorted(codes) == [0, REFUSED]
         found, expected = (load_file(path / "model.safetensors") for path in (out, self.folder / "exported"))
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
         assert {path.name for path in out.iterdir()} == {path.name for path in (self.folder / "exported").iterdir()}
