@@ -31,6 +31,7 @@ import numpy as np  # noqa: E402
 
 import lab  # noqa: E402
 from data import shard_entry, token_dtype, write_index  # noqa: E402
+from hub.llama import byte_tokenizer_json  # noqa: E402
 from runtime.command import Parser  # noqa: E402
 
 Words = list[Any]
@@ -66,6 +67,8 @@ def dataset(folder: Path, rows: int = 64, row_length: int = 17, vocab: int = 257
             np.save(path, rng.integers(vocab, size=(rows, row_length)).astype(kinds))
             entries.append(shard_entry(path, rows))
         write_index(out, entries, row_length, vocab, "random tokens")
+    numerals = {"type": "WordLevel", "vocab": {str(i): i for i in range(vocab)}, "unk_token": "0"}  # any of so many ids do
+    (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer_json() | {"added_tokens": [], "model": numerals}))
     return folder
 
 
