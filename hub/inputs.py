@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 from config.reading import show
 from data import DataError
 from hub.parquet import SPLITS, decompressed, open_table, split_of
-from hub.tokenizers import read_object
+from hub.tokenizers import optional_object
 from runtime.files import require_file
 from runtime.log import log
 
@@ -90,13 +90,13 @@ def _in_folder(folder: Path, column: str) -> list[Input]:
 def _saved(folder: Path) -> Iterator[Input]:
     """The Arrow files of a `datasets.save_to_disk` folder, under names that tell the split."""
     yield from _files_of(folder)
-    for split in _names(folder / "dataset_dict.json", read_object(folder / "dataset_dict.json").get("splits")):
+    for split in _names(folder / "dataset_dict.json", optional_object(folder / "dataset_dict.json").get("splits")):
         yield from (item._replace(name=f"{split}/{item.path.name}") for item in _files_of(folder / split))
 
 
 def _files_of(folder: Path) -> Iterator[Input]:
     """The Arrow files of one split."""
-    state = read_object(folder / "state.json") if (folder / "dataset_info.json").exists() else {}
+    state = optional_object(folder / "state.json") if (folder / "dataset_info.json").exists() else {}
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: selects rows of its files; save flatten_indices() of it")
     files = state.get("_data_files") or []

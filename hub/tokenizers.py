@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data import DataError, token_dtype
-from runtime.files import read_text, write_text
+from runtime.files import read_object, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -59,7 +59,7 @@ class JsonTokenizer:
 
     def __init__(self, path: Path, eos: str | None = None, split_special: bool | None = None):
         import tokenizers
-        self.path, config = path, read_object(path.with_name(TOKENIZER_CONFIG))
+        self.path, config = path, optional_object(path.with_name(TOKENIZER_CONFIG))
         check_model(path)
         try:
             self.inner = tokenizers.Tokenizer.from_file(str(path))
@@ -87,12 +87,12 @@ class JsonTokenizer:
         if asked is not None:
             return self.inner.token_to_id(asked), "as asked for"
         for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
-            said = (config if name == TOKENIZER_CONFIG else read_object(self.path.with_name(name))).get(f"{role}_token", "")
+            said = (config if name == TOKENIZER_CONFIG else optional_object(self.path.with_name(name))).get(f"{role}_token", "")
             if said is None:  # it says that there is none
                 return None, name
             if (token := self.inner.token_to_id(str(said.get("content", "") if isinstance(said, dict) else said))) is not None:
                 return token, name
-        ids = read_object(self.path.with_name("generation_config.json")).get(f"{role}_token_id")
+        ids = optional_object(self.path.with_name("generation_config.json")).get(f"{role}_token_id")
         for token in ids if isinstance(ids, list) else [ids]:
             if isinstance(token, int) and token in self.special:  # transformers writes 2 for lack of anything better
                 return token, "generation_config.json"
@@ -156,7 +156,7 @@ def check_model(path: Path) -> None:
     """Refuse what the library would not survive: steps that make a gigabyte of a word, and merges that lack the file's
     continuing_subword_prefix, which it cuts blindly, so that it may abort the process."""
     try:
-        found = read_object(path)
+        found = optional_object(path)
         for part in ("normalizer", "decoder"):
             if (most := growth(found.get(part))) > MOST_GROWTH:
                 raise DataError(f"its {part} makes {most:.3g} characters of one")
@@ -170,17 +170,15 @@ def check_model(path: Path) -> None:
             raise DataError(f"{path}: has merges without its continuing_subword_prefix {prefix[:40]!r}; it is damaged")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def optional_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; {} where there is none."""
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
-        raise DataError(f"{path}: is no file; remove it")
     try:
-        found = json.loads(read_text(path))
-        return found if isinstance(found, dict) else {}
+        return read_object(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); mend or remove it") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}); mend or remove it") from None
 
 
 def load_tokenizer(folder: str | Path, eos: str | None = None, split_special: bool | None = None) -> Tokenizer:
@@ -191,7 +189,7 @@ def load_tokenizer(folder: str | Path, eos: str | None = None, split_special: bo
         return JsonTokenizer(path, eos, split_special)
     if eos not in (None, END_OF_TEXT):
         raise DataError(f"{folder}: bytes end a text with {END_OF_TEXT}, not with {eos!r}; give a tokenizer.json that has it")
-    said = read_object(path.with_name(TOKENIZER_CONFIG)).get("split_special_tokens") is True
+    said = optional_object(path.with_name(TOKENIZER_CONFIG)).get("split_special_tokens") is True
     return ByteTokenizer(said if split_special is None else split_special)
 
 

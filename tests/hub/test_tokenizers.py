@@ -112,8 +112,7 @@ def test_the_vocabulary_ends_with_the_largest_id(tmp_path):
     ([zoo.END, "<fin>"], {"generation_config.json": {"eos_token_id": "fin"}}, "<fin>", "generation_config.json"),
     ([zoo.END, "<fin>"], {"generation_config.json": {"eos_token_id": ["fin", 0]}}, "<fin>", "generation_config.json"),
     ([zoo.END], {"generation_config.json": {"eos_token_id": 2}}, zoo.END, "by its name"),  # an ordinary token
-    ([zoo.END], {"tokenizer_config.json": {"eos_token": None}}, None, "tokenizer_config.json"),
-    ([zoo.END], {"tokenizer_config.json": []}, zoo.END, "by its name")], ids=str)
+    ([zoo.END], {"tokenizer_config.json": {"eos_token": None}}, None, "tokenizer_config.json")], ids=str)
 def test_the_end_of_a_text_is_asked_of_the_files_beside_and_then_of_its_name(tmp_path, special, files, expected, source):
     made = write(tmp_path, special)
     for name, content in files.items():
@@ -141,7 +140,7 @@ def test_the_end_that_is_asked_for_is_taken_or_refused_with_what_there_is(tmp_pa
         load_tokenizer(tmp_path / "empty", "<s>")
 
 
-@pytest.mark.parametrize("content", ["{", "\xff", "[" * 100_000])
+@pytest.mark.parametrize("content", ["{", "\xff", "[" * 100_000, '["<s>"]'])
 def test_a_broken_file_beside_is_named(tmp_path, content):
     write(tmp_path, [zoo.END])
     (tmp_path / "tokenizer_config.json").write_text(content, encoding="latin-1")
@@ -174,7 +173,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     if name != "tokenizer.json":
         write(tmp_path, [zoo.END])
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match=f"{name}: is no file"):
+    with pytest.raises(DataError, match=f"{name}: .*is no file"):
         load_tokenizer(tmp_path)
 
 
