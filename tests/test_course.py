@@ -4,6 +4,7 @@ import ast
 import codeop
 import functools
 import re
+import shlex
 
 import pytest
 
@@ -87,12 +88,12 @@ def test_blocks_and_figures_fit_a_page(page):
         assert int.from_bytes((page.parent / figure).read_bytes()[16:20], "big") == 500, figure  # a PNG's width
 
 
-def test_the_teachers_table_of_what_breaks_has_the_lessons_figures():
+def test_the_teachers_list_of_what_breaks_has_the_lessons_figures():
     section = (COURSE / "README.md").read_text().split("## What they break")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if re.match(r"\| \d", line)]
-    assert {row[0][0] for row in rows} == {page.stem[0] for page in LESSONS}
-    for lesson, _, _, comes in rows:
-        shown = "\n".join(body for kind, body in BLOCK.findall(LESSONS[int(lesson[0]) - 1].read_text()) if kind == "text")
+    broken = re.findall(r"(?m)^- \*\*(\d).* What comes: (.*)$", section)
+    assert {lesson for lesson, _ in broken} == {page.stem[0] for page in LESSONS}
+    for lesson, comes in broken:
+        shown = "\n".join(body for kind, body in BLOCK.findall(LESSONS[int(lesson) - 1].read_text()) if kind == "text")
         numbers = re.findall(r"\d+\.\d+|\de-\d+|\d\de[+-]\d+|\d{2,}%?", comes)
         assert numbers and [number for number in numbers if number not in shown] == [], lesson
 
@@ -134,3 +135,29 @@ def test_the_glossary_has_every_measure():
     words = (lab.ROOT / "docs/glossary.md").read_text().lower()
     for name, measure in MEASURES.items():
         assert measure.label.lower() in words or name.removeprefix("norm_") in words or name == "norm_inf", name
+
+
+def test_the_readmes_commands_run(tmp_path):
+    """On text of one's own and after a run, as they are typed, but shorter and without the Hub."""
+    sections = dict(re.findall(r"(?ms)^#+ (Your own text|After a run).*?^```\n(.*?)^```", (lab.ROOT / "README.md").read_text()))
+    (tmp_path / "book.txt").write_text("\n".join(path.read_text() for path in PAGES))
+    short, few = "training.max_steps=2", ["data.dataloader.batch_size=4", "checkpointing.learning_dynamics.max_rows=16",
+                                          f"checkpointing.runs_dir={tmp_path}/runs"]
+    done = []
+
+    def type_in(section, **more):
+        for line in section.replace("\\\n", " ").splitlines():
+            command, *words = shlex.split(line, comments=True)[1:]
+            words = [re.sub(r"(^|=)(book.txt|corpora/|runs/|OUT)", rf"\1{tmp_path}/\2", word) for word in words]
+            if not {"verify", "import"} & set(words) and command != "bench.py":
+                lab.forked(command, *words, *more.get(command, []))
+                done.append(command)
+
+    type_in(sections["Your own text"], **{"train.py": [short, *few], "sample.py": ["--tokens", 4]})
+    demo = [lab.ROOT / "config/demo.yaml", f"data.dataset.name={tmp_path}/corpora/book", "training.fabric.num_devices=1", *few]
+    lab.forked("train.py", *demo, "checkpointing.run_name=demo", "training.max_steps=40", "checkpointing.save_every_n_steps=40")
+    for name, more in {"full": ["model.relora=null", "training.optimization.lr_scheduler=cosine_with_warmup"], "relora": []}.items():
+        lab.forked("train.py", *demo, f"checkpointing.run_name={name}", short, *more)
+    type_in(sections["After a run"], **{"sample.py": ["--tokens", 4]})
+    assert len(done) == 10 and (tmp_path / "OUT/model.safetensors").exists()
+    assert (tmp_path / "runs/demo/checkpoints/step_37/manifest.json").exists()
