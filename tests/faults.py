@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 MOUNTS = ("a quota that shows at close", "no fsync of folders", "no blocks told", "rename replaces nothing")
 SECONDS = 120  # after which a try hangs
-LINE = re.compile(r"error: \S+: ")
+LINE = re.compile(r"error: \S+(?: cannot be written)?: ")
 
 
 class Scenario(NamedTuple):

@@ -3,6 +3,7 @@
     python tests/scale.py                          # every axis, about 25 minutes on 2 cores; prints a Markdown table
     python tests/scale.py width rows --small       # some, at sizes for a test
     python tests/scale.py --project OTHER          # another checkout's commands on the same inputs
+    python tests/scale.py --presets medium large   # every command on the large decoders, a quarter of an hour and 20 GB
 
 A size is a whole command, with one thread a process: seconds of the clock and of the processor, both less those of the smallest
 run of one step, and the memory of the largest process. The exponent is log(ratio of processor times) / log(ratio of sizes) to the
@@ -116,7 +117,7 @@ def steps(folder: Path, count: int) -> Words:
 
 
 def ranks(folder: Path, processes: int) -> Words:
-    return ["torchrun", processes, *wide(folder, d=192, steps=8)]
+    return ["torchrun", processes, *wide(folder, d=192, steps=64)]
 
 
 def micro_batches(folder: Path, count: int) -> Words:
@@ -202,7 +203,7 @@ AXES = {
     "vocabulary": Axis("ids", (257, 4096, 50304), (257, 300, 400), vocabulary),
     "rank": Axis("r at d 384", (4, 16, 128), (2, 4, 8), rank),
     "ranks": Axis("processes, one batch", (1, 2, 4), (1, 2, 4), ranks),
-    "steps": Axis("steps", (1000, 4000, 16000), (10, 20, 40), steps),
+    "steps": Axis("steps", (250, 1000, 4000), (10, 20, 40), steps),
     "micro-batches": Axis("micro-batches of one step", (16, 128, 1024), (1, 2, 4), micro_batches),
     "merges": Axis("merges in 4,096 steps", (1, 64, 1024), (1, 2, 4), merges),
     "shards": Axis("shards, a start", (10, 1000, 10000), (1, 10, 20), shards),
@@ -216,6 +217,27 @@ AXES = {
     "width-analysed": Axis("d_model, 2 snapshots analysed", (96, 384, 768), (24, 48, 96), width_analysed),
 }
 AT_NOTHING = {"analyze.py": ["analyze.py", "--list"]}  # of the others a run of one step
+
+
+def through(preset: str, folder: Path) -> Iterator[tuple[str, Words]]:
+    """(what it does, the words) of every command on a preset with ReLoRA; rows are shorter than the preset's."""
+    data, run = dataset(folder / "data", rows=8, row_length=129, vocab=50_304), folder / "runs/run"
+    config = [lab.ROOT / f"config/pico-relora-{preset}.yaml", f"data.dataset.name={data}", f"checkpointing.runs_dir={folder}/runs",
+              "checkpointing.run_name=run", "model.max_seq_len=128", "model.relora.reset_frequency=2",
+              "data.dataloader.batch_size=4", "training.micro_batch_size=4", "training.fabric.num_devices=1",
+              "training.fabric.accelerator=cpu", "training.fabric.precision=32-true", "evaluation.metrics=[val]",
+              "checkpointing.learning_dynamics.eval_data=val", "checkpointing.learning_dynamics.max_rows=4",
+              "checkpointing.learning_dynamics.steps=null", "checkpointing.save_every_n_steps=2",
+              "training.optimization.gradient_accumulation_steps=1", "training.optimization.lr_warmup_steps=1",
+              "training.optimization.restart_warmup_steps=1", "training.max_steps=3"]
+    yield "train 2 steps with a merge, 2 snapshots, val", ["train.py", *config, "training.stop_at_step=2"]
+    yield "resume, train 1 step, snapshot, val", ["train.py", *config]
+    yield "evaluate val", ["evaluate.py", run, "evaluation.metrics=[val]"]
+    yield "sample 1 token", ["sample.py", run, "--prompt", "1 2 3", "--tokens", "1"]
+    yield "sample 17 tokens", ["sample.py", run, "--prompt", "1 2 3", "--tokens", "17"]
+    yield "export hf", ["export.py", "hf", run, folder / "out"]
+    yield "replay step 1", ["replay.py", run, "--steps", "1"]
+    yield "analyze", ["analyze.py", run]
 
 
 # ---- what it costs ---------------------------------------------------------------------------------------------
@@ -265,15 +287,30 @@ def measure(name: str, project: Path, small: bool) -> Iterator[str]:
         before = size, more
 
 
+def measure_presets(presets: list[str], project: Path) -> Iterator[str]:
+    """The whole cost of each command: to start is part of it."""
+    yield f"| preset | command | seconds | of processor | MB |\n|{' --- |' * 5}"
+    for preset in presets:
+        with tempfile.TemporaryDirectory() as folder:
+            for label, words in through(preset, Path(folder)):
+                cost = spend(words, project)
+                yield f"| {preset} | {label} | {cost.seconds:.1f} | {cost.processor:.1f} | {cost.megabytes:,.0f} |"
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("axes", nargs="*", help=f"which: {', '.join(AXES)} (default: all)")
     parser.add_argument("--small", action="store_true", help="sizes of seconds, which measure nothing: for a test")
+    parser.add_argument("--presets", nargs="+", choices=["tiny", "small", "medium", "large"], help="every command on these instead")
     parser.add_argument("--project", type=Path, default=lab.ROOT, help="the checkout whose commands are measured")
     args = parser.parse_args()
     if unknown := [name for name in args.axes if name not in AXES]:
         parser.error(f"no axis {', '.join(unknown)}; there are {', '.join(AXES)}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    if args.presets:
+        for line in measure_presets(args.presets, args.project):
+            print(line, flush=True)
+        return
     print(f"| axis | size | seconds | of processor | MB | exponent |\n|{' --- |' * 6}", flush=True)
     for name in args.axes or AXES:
         try:
