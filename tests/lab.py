@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import pathlib
 import runpy
 import shutil
 import signal
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import connection, forkserver
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -51,6 +53,14 @@ def shards() -> bool:
     """Whether this torch trains with fsdp on CPUs; see wrap.check_sharding."""
     from torch.distributed.fsdp import FSDPModule  # which takes seconds
     return hasattr(FSDPModule, wrap.SUMS)
+
+
+def open_by(opened: Callable, monkeypatch: Any) -> None:
+    """Have `opened` stand for open, also where pathlib took that in when it was imported (Python 3.10)."""
+    for name in ("builtins.open", "io.open"):
+        monkeypatch.setattr(name, opened)
+    if accessor := getattr(pathlib, "_NormalAccessor", None):
+        monkeypatch.setattr(accessor, "open", staticmethod(opened))
 
 
 def make_dataset(folder: Path, rows: int = 96, row_length: int = 17, vocab: int = 64, val_rows: int = 12,

@@ -155,8 +155,7 @@ def bad_disk(monkeypatch):
             left[str(path)] -= 1
             raise OSError(5, "Input/output error", str(path))
         return real(path, *args, **options)
-    monkeypatch.setattr("builtins.open", opened)
-    monkeypatch.setattr("io.open", opened)
+    lab.open_by(opened, monkeypatch)
     monkeypatch.setattr("runtime.files.PAUSES", (0.01, 0.01))
     return lambda path, times: left.update({str(path): times})
 

@@ -310,8 +310,7 @@ def test_a_disk_that_fails_for_a_moment_is_asked_again(folder, raw, monkeypatch,
             raise OSError(code, os.strerror(code), str(file))
         return opened(file, *args, **options)
     monkeypatch.setattr("runtime.files.PAUSES", (0.01, 0.01, 0.01))
-    monkeypatch.setattr("io.open", fail)
-    monkeypatch.setattr("builtins.open", fail)
+    lab.open_by(fail, monkeypatch)
     np.testing.assert_array_equal(TokenDataset(folder).rows(0, 16), raw)
     assert failing == [0]
     failing[0] = 1000

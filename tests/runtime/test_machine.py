@@ -77,12 +77,26 @@ def test_bf16_that_is_only_emulated_is_not_taken(gpus, capability, wanted, chose
     assert machine.choose_precision(wanted, torch.device("cuda", 0)) == chosen
 
 
-def test_without_a_compiler_nothing_is_compiled_and_it_says_what_to_install(monkeypatch, caplog):
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """The function that makes a PATH of these programs alone; Python's headers are there."""
+    def make(*names):
+        for name in names:
+            (tmp_path / name).touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return make
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the compiler has other names")
+def test_without_a_compiler_nothing_is_compiled_and_it_says_what_to_install(programs, monkeypatch, caplog):
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    programs("gcc", "g++")
     assert machine.choose_compile(True, cpu) and machine.choose_compile(None, cuda) and not machine.choose_compile(None, cpu)
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(machine.log, "propagate", True)
     assert not machine.choose_compile(None, cuda) and "a C compiler (gcc)" in caplog.text
     assert not machine.choose_compile(True, cpu) and "a C++ compiler (g++)" in caplog.text
@@ -90,17 +104,15 @@ def test_without_a_compiler_nothing_is_compiled_and_it_says_what_to_install(monk
     assert not machine.choose_compile(False, cuda) and not caplog.text
 
 
-@pytest.mark.parametrize("programs, env, fine", [
+@pytest.mark.parametrize("there, env, fine", [
     (["cc"], {}, []), (["gcc"], {}, ["cuda"]), (["clang"], {}, ["cuda"]), (["g++"], {}, ["cpu"]),
     (["gcc", "g++"], {"CC": "icc", "CXX": "g++ -m64"}, []), (["mine"], {"CC": "mine", "CXX": "mine"}, ["cuda", "cpu"])], ids=str)
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the compiler has other names")
-def test_the_compiler_is_looked_for_as_torch_will(tmp_path, monkeypatch, said, programs, env, fine):
+def test_the_compiler_is_looked_for_as_torch_will(programs, monkeypatch, said, there, env, fine):
     """Each of these that is not fine is a hundred lines once the run's folder has been made: Triton knows no cc."""
-    for name in programs:
-        (tmp_path / name).touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for name in ("CC", "CXX"):
-        monkeypatch.setenv(name, env[name]) if name in env else monkeypatch.delenv(name, raising=False)
+    programs(*there)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     assert [kind for kind in ("cuda", "cpu") if machine.choose_compile(True, torch.device(kind))] == fine
     assert ("CC is 'icc', which names no program" in "".join(said)) == ("icc" in env.values())
 
