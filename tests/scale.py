@@ -3,7 +3,7 @@
     python tests/scale.py                          # every axis, about 25 minutes on 2 cores; prints a Markdown table
     python tests/scale.py width rows --small       # some, at sizes for a test
     python tests/scale.py --project OTHER          # another checkout's commands on the same inputs
-    python tests/scale.py --presets medium large   # every command on the large decoders, a quarter of an hour and 20 GB
+    python tests/scale.py --presets medium large   # every command on the large decoders; an hour, 30 GB of disk
 
 A size is a whole command, with one thread a process: seconds of the clock and of the processor, both less those of the smallest
 run of one step, and the memory of the largest process. The exponent is log(ratio of processor times) / log(ratio of sizes) to the
