@@ -158,6 +158,6 @@ def test_the_readmes_commands_run(tmp_path):
     lab.forked("train.py", *demo, "checkpointing.run_name=demo", "training.max_steps=9", "checkpointing.save_every_n_steps=9")
     for name, more in {"full": ["model.relora=null", "training.optimization.lr_scheduler=cosine_with_warmup"], "relora": []}.items():
         lab.forked("train.py", *demo, f"checkpointing.run_name={name}", short, *more)
-    type_in(sections["After a run"], **{"sample.py": ["--tokens", 4]})
+    type_in(sections["After a run"], **{"sample.py": ["--tokens", 4], "analyze.py": ["--out", tmp_path / "path"]})
     assert len(done) == 8 and (tmp_path / "OUT/model.safetensors").exists()
     assert (tmp_path / "runs/demo/checkpoints/step_7/manifest.json").exists()
